@@ -1,0 +1,45 @@
+# Everything is installed into .venv; `make help` lists what there is.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN     = $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help install compare notebook test export execute clean-notebooks readme
+
+help: ## list these targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
+
+install: $(VENV)/.installed-base ## install bavq into .venv (2.6 GB to download the first time)
+
+compare: $(VENV)/.installed-base ## train and compare VQ-EMA and BA-VQ on real images; more options: ARGS="..."
+	@$(BIN)/bavq compare $(ARGS)
+	@echo
+	@echo "To read how it works and what it means: make notebook, then open nbs/20_compare.ipynb"
+
+notebook: $(VENV)/.installed-notebooks ## open the notebooks in JupyterLab
+	@$(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/nbs/index.ipynb $(ARGS)
+
+test: $(VENV)/.installed-dev ## everything CI checks; the last line reads "N passed, N failed"
+	@$(BIN)/python tools/gate.py $(ARGS)
+
+export: $(VENV)/.installed-dev ## write bavq/*.py from the notebooks
+	@$(BIN)/nbdev_export
+
+execute: export ## run the notebooks in place and store their outputs; one of them: NB=05_quantizer
+	@$(BIN)/python tools/execute.py $(NB)
+
+clean-notebooks: $(VENV)/.installed-dev ## strip what need not be stored in the notebooks
+	@$(BIN)/nbdev_clean
+
+readme: $(VENV)/.installed-dev ## write README.md from nbs/index.ipynb
+	@$(BIN)/python tools/readme.py
+
+# One stamp for each set of requirements: nothing is installed again until settings.ini changes.
+$(VENV)/.installed-base: settings.ini setup.py
+	@$(PYTHON) tools/install.py $(VENV)
+	@touch $@
+
+$(VENV)/.installed-%: settings.ini setup.py
+	@$(PYTHON) tools/install.py $(VENV) $*
+	@touch $@ $(VENV)/.installed-base

@@ -1,0 +1,215 @@
+"""Rules about the whole project: the order of the modules, what importing costs, and the habits of the notebooks.
+
+Every test lists all that breaks its rule and says what to do."""
+import ast
+import json
+import re
+import subprocess
+import sys
+from configparser import ConfigParser
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = {p.stem: json.loads(p.read_text(encoding="utf-8")) for p in sorted((ROOT / "nbs").glob("*.ipynb")) if p.name[0] not in "_."}
+MODULES = {p.stem: ast.parse(p.read_text(encoding="utf-8")) for p in sorted((ROOT / "bavq").glob("*.py")) if p.name[0] != "_"}
+NUMBER = {stem[3:]: int(stem[:2]) for stem in NOTEBOOKS if re.match(r"\d\d_", stem)}
+
+
+def none(problems):
+    "Fail with one line for each problem."
+    if problems: pytest.fail("\n".join(f"- {p}" for p in problems), pytrace=False)
+
+
+def code_cells(only_exported=False):
+    "(notebook, position, source, cell) of every code cell that is not empty."
+    for name, nb in NOTEBOOKS.items():
+        for i, c in enumerate(nb["cells"]):
+            source = "".join(c["source"])
+            if c["cell_type"] == "code" and source.strip() and (not only_exported or exported(source)): yield name, i, source, c
+
+
+def directive(name, source):
+    found = re.search(rf"^#\|\s*{name}\b:?[ \t]*(.*)$", source, re.M)
+    return found and found[1].strip()
+
+
+def exported(source): return directive("exporti?s?", source) is not None
+
+
+def body(source): return [line for line in source.splitlines() if line.strip() and not line.startswith("#|")]
+
+
+def statements(source):
+    "The statements of a cell; none where it holds a magic or a shell command."
+    try: return ast.parse(source).body
+    except SyntaxError: return []
+
+
+def canonical(distribution): return re.sub(r"[-_.]+", "-", distribution).lower()
+
+
+def imports(tree):
+    "(name, line) of everything imported anywhere in a module, also inside functions: `from a.b import c` gives a.b and a.b.c."
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import): yield from ((a.name, node.lineno) for a in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(["bavq"] * bool(node.level) + [node.module] * bool(node.module))  # nbdev writes bavq.x as .x
+            yield base, node.lineno
+            yield from ((f"{base}.{a.name}", node.lineno) for a in node.names)
+
+
+def imported(top): return [f"bavq/{m}.py line {line}" for m, tree in MODULES.items() for name, line in imports(tree) if name.split(".")[0] == top]
+
+
+# The modules
+
+def test_one_notebook_one_module():
+    exports = {n: [] for n in NOTEBOOKS}
+    for n, _, source, _ in code_cells():
+        if d := directive("default_exp", source): exports[n].append(d)
+    wrong = [f"{n}: its code goes to {d}; write `#| default_exp {n[3:]}`, once" for n, d in exports.items() if d and d != [n[3:]]]
+    homeless = {n for n, *_ in code_cells(only_exported=True) if not exports[n]}
+    wrong += [f"{n}: exports code but has no `#| default_exp {n[3:]}`" for n in sorted(homeless)]
+    made = {d for ds in exports.values() for d in ds}
+    wrong += [f"bavq/{m}.py has no notebook: delete it, or bring its notebook back" for m in sorted(MODULES.keys() - made)]
+    wrong += [f"bavq/{m}.py is missing: run `make export`" for m in sorted(made - MODULES.keys())]
+    numbers = list(NUMBER.values())
+    wrong += [f"two notebooks have the number {k:02d}: give one another" for k in sorted({k for k in numbers if numbers.count(k) > 1})]
+    none(wrong)
+
+
+def test_every_import_points_to_an_earlier_notebook():
+    "A strictly smaller number, so there can be no cycle."
+    wrong = []
+    for module, tree in MODULES.items():
+        for name, line in imports(tree):  # also inside functions
+            where = f"bavq/{module}.py line {line} imports {name}"
+            if name == "bavq": wrong.append(f"{where}: import from the module that defines it")
+            elif name.endswith(".*"): wrong.append(f"{where}: name what you import")
+            elif (m := re.match(r"bavq\.(\w+)", name)) and m[1] in MODULES and not NUMBER.get(m[1], 99) < NUMBER.get(module, -1):
+                wrong.append(f"{where}: only earlier notebooks may be imported; move the code, or register it from the later notebook")
+    none(sorted(set(wrong)))
+
+
+@pytest.mark.parametrize("tool", ["fastcore", "nbdev", "execnb", "IPython"])
+def test_package_needs_no_authoring_tool(tool):
+    none([f"{where} imports {tool}: use it in lesson cells only" for where in imported(tool)])
+
+
+def test_only_plots_imports_matplotlib():
+    none([f"{w} imports matplotlib: use bavq.plots" for w in imported("matplotlib") if not w.startswith("bavq/plots.py")])
+
+
+def test_import_bavq_is_light():
+    heavy = "pandas matplotlib seaborn sklearn skimage accelerate torchvision torchmetrics scipy fastcore nbdev IPython".split()
+    code = f"import sys, json, bavq; print(json.dumps([m for m in {heavy!r} if m in sys.modules]))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    none([f"`import bavq` imports {m}: import it inside the function that uses it" for m in json.loads(done.stdout)])
+
+
+def test_requirements_cover_every_import():
+    "The package runs with `requirements` (optional libraries, with their extra), the notebooks with their extra beside it."
+    ini = ConfigParser(delimiters=["="], interpolation=None)
+    ini.read(ROOT / "settings.ini", encoding="utf-8")
+    required = {k: {canonical(re.match(r"[\w.-]+", r)[0]) for r in v.split()} for k, v in ini["DEFAULT"].items() if k.endswith("requirements")}
+    owners = packages_distributions()
+
+    def foreign(tree, *sets):
+        known = set().union(*(required[s] for s in sets))
+        tops = {name.split(".")[0] for name, _ in imports(tree)} - set(sys.stdlib_module_names) - {"bavq"}
+        return sorted(t for t in tops if not known & {canonical(d) for d in owners.get(t, [t])})
+
+    base, reader = ["requirements", "wandb_requirements", "ray_requirements"], ["requirements", "notebooks_requirements"]
+    wrong = {f"bavq/{m}.py imports {t}: add it to requirements in settings.ini" for m, tree in MODULES.items() for t in foreign(tree, *base)}
+    for n, i, source, _ in code_cells():
+        tree = ast.Module(statements(source), [])
+        if not exported(source):
+            wrong |= {f"{n} cell {i} imports {t}: add it to notebooks_requirements in settings.ini" for t in foreign(tree, *reader) if t != "IPython"}
+    none(sorted(wrong))
+
+
+# The notebooks
+
+def test_exported_cells_are_short():
+    none([f"{n} cell {i}: {len(body(s))} exported lines; split it, 40 at most" for n, i, s, _ in code_cells(only_exported=True) if len(body(s)) > 40])
+
+
+def test_imports_stand_alone():
+    wrong = []
+    for n, i, source, _ in code_cells():
+        kinds = {isinstance(s, (ast.Import, ast.ImportFrom)) for s in statements(source)}
+        if kinds == {True, False} and "nbdev_export" not in source: wrong.append(f"{n} cell {i}: imports and other code; make two cells")
+    none(wrong)
+
+
+def test_notebooks_are_executed():
+    "As far as it can be seen without running: a last line that is a value has an output, and a notebook that runs anything shows something."
+    shows = ast.Name, ast.Attribute, ast.Subscript, ast.BinOp, ast.Compare, ast.Tuple, ast.List, ast.Dict, ast.Constant, ast.JoinedStr, ast.ListComp
+    wrong, alive = [], set()
+    for n, i, source, cell in code_cells():
+        if cell["outputs"]: alive.add(n)
+        if exported(source) or (directive("eval", source) or "").lower() == "false" or source.rstrip().endswith(";"): continue
+        last = (statements(source) or [None])[-1]
+        if isinstance(last, ast.Expr) and isinstance(last.value, shows) and not cell["outputs"] and ast.unparse(last) != "None":
+            wrong.append(f"{n} cell {i}: `{ast.unparse(last)[:60]}` shows nothing; run `make execute NB={n}`")
+    wrong += [f"{n}: no cell has an output; run `make execute NB={n}`" for n in sorted({c[0] for c in code_cells()} - alive)]
+    none(wrong)
+
+
+def test_outputs_are_fit_to_store():
+    wrong = [f"{n}: widget state is stored; run `make execute NB={n}`" for n, nb in NOTEBOOKS.items() if "widgets" in nb["metadata"]]
+    for n, i, _, cell in code_cells():
+        for out in cell["outputs"]:
+            if out["output_type"] == "error": wrong.append(f"{n} cell {i}: a stored {out['ename']}; mend the cell, show an error with test_fail")
+            if any("widget-view" in kind for kind in out.get("data", {})):
+                wrong.append(f"{n} cell {i}: a stored widget; show a figure, or pass progress=False")
+    none(wrong)
+
+
+def test_notebooks_are_small():
+    size = {n: (ROOT / "nbs" / f"{n}.ipynb").stat().st_size / 1024 for n in NOTEBOOKS}
+    wrong = [f"{n}: {kb:.0f} KB; fewer or smaller figures, 150 KB at most" for n, kb in size.items() if kb > 150]
+    none(wrong + [f"all notebooks: {sum(size.values()):.0f} KB, 3072 KB at most"] * (sum(size.values()) > 3072))
+
+
+def test_no_paths_of_one_machine():
+    path = re.compile(r"(?<![\w.~])/(?:work|tmp|root|home|Users|var/folders)/[\w.-]+")
+    wrong = []
+    for n, nb in NOTEBOOKS.items():
+        for i, c in enumerate(nb["cells"]):
+            texts = ["".join(c["source"])]
+            for out in c.get("outputs", []):
+                texts += ["".join(out.get("text", ""))] + ["".join(v) for k, v in out.get("data", {}).items() if k.startswith("text/")]
+            wrong += [f"{n} cell {i}: {m[0]}; show a relative path or a file's name" for t in texts for m in path.finditer(t)]
+    none(wrong)
+
+
+# What is in git
+
+def tracked():
+    "The files that are in git or would be with `git add .`; none outside a repository."
+    done = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    return sorted(p for name in set(done.stdout.split("\0")) if name and (p := ROOT / name).is_file())
+
+
+def test_no_checkpoints_in_git():
+    model = {".pt", ".pth", ".ckpt", ".safetensors", ".pkl", ".onnx"}
+    none([f"{p.relative_to(ROOT)}: keep weights out of git, in experiments/" for p in tracked() if p.suffix in model]
+         + [f"{p.relative_to(ROOT)}: {p.stat().st_size / 2**20:.1f} MB; nothing in git over 1 MB" for p in tracked() if p.stat().st_size > 2**20])
+
+
+def test_results_are_small_json():
+    wrong = []
+    for p in tracked():
+        name, kb = p.relative_to(ROOT), p.stat().st_size / 1024
+        if name.parts[0] != "results" or p.name == "README.md": continue
+        if p.suffix != ".json": wrong.append(f"{name}: results/ holds .json files only")
+        elif kb > 100: wrong.append(f"{name}: {kb:.0f} KB; 100 KB at most, thin out the curve")
+        else:
+            try: json.loads(p.read_text(encoding="utf-8"))
+            except ValueError as e: wrong.append(f"{name}: not JSON ({e}); record the run again")
+    none(wrong)

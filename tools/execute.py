@@ -1,0 +1,39 @@
+"""Run notebooks in place, store their outputs, and clean them: python tools/execute.py [05_quantizer …]
+
+Without a name: all of them, in their order. A notebook that fails is left as it was."""
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError, CellTimeoutError
+
+ROOT = Path(__file__).resolve().parent.parent
+NBS = ROOT / "nbs"
+
+
+def find(names):
+    "The notebooks of these names, `05_quantizer` or `nbs/05_quantizer.ipynb`; all where there are none."
+    if not names: return sorted(p for p in NBS.glob("*.ipynb") if p.name[0] not in "_.")
+    paths = [NBS / (Path(n).stem + ".ipynb") for n in names]
+    missing = [p.stem for p in paths if not p.exists()]
+    if missing: sys.exit(f"no notebook {', '.join(missing)} in nbs/: give names such as 05_quantizer")
+    return paths
+
+
+def execute(path, timeout=600):
+    "Run one notebook in a kernel of its own and write it back with its outputs."
+    start, nb = time.monotonic(), nbformat.read(path, as_version=4)
+    client = NotebookClient(nb, timeout=timeout, kernel_name="python3", store_widget_state=False, resources={"metadata": {"path": str(NBS)}})
+    try: client.execute()
+    except (CellExecutionError, CellTimeoutError) as e: sys.exit(f"{e}\n{path.name} failed and was left as it was")
+    nbformat.write(nb, path)
+    print(f"{path.stem:24s} {time.monotonic() - start:5.1f} s  {path.stat().st_size / 1024:4.0f} KB", flush=True)
+
+
+if __name__ == "__main__":
+    for path in find(sys.argv[1:]):
+        execute(path)
+        subprocess.run([Path(sys.executable).with_name("nbdev_clean"), "--fname", path], cwd=ROOT, check=True)
