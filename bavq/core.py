@@ -38,14 +38,15 @@ def choose(
     require(name in table, f"unknown {what} {name!r}: choose one of {', '.join(sorted(table))}")
     return table[name]
 
-# %% ../nbs/00_core.ipynb #68ff8d2f
+# %% ../nbs/00_core.ipynb #0cecc47d
 @dataclass(frozen=True)
 class RunConfig:
     "Everything that decides the outcome of one training run."
     name: str = ""                # run folder; empty: made from the configuration
     data: str = "photos"          # photos, cifar10, mnist, fashion_mnist, a folder of images, or an .npy/.npz file
     data_root: str = ""           # where torchvision's data sets lie; empty: the user's cache
-    train_size: int = 0           # train on the first so many images; 0: on all
+    train_size: int = 0           # train on a fixed subset of so many images; 0: on all
+    image_size: int = 0           # side to which the images of a folder are brought; 0: as they are, or 32
     quantizer: str = "ba_vq"      # a registered quantizer: vq, vq_ema, vq_ema_spec, ba_vq, ba_vq_spec
     codebook_size: int = 512      # K, number of codes
     embedding_dim: int = 256      # D, dimension of a code
@@ -63,13 +64,13 @@ class RunConfig:
     checkpoint_every: int = 10    # epochs between checkpoints
     wandb: bool = False           # log to Weights & Biases, project vq-codebook
 
-# %% ../nbs/00_core.ipynb #6245f0d8
+# %% ../nbs/00_core.ipynb #d2b1f8cb
 def check_config(
     c: RunConfig,  # what to check
 ) -> RunConfig:
     "The same configuration, or a `BavqError` that names the first field that cannot work."
     at_least = dict(codebook_size=2, embedding_dim=1, hidden_channels=2, residual_blocks=0, epochs=1, batch_size=1,
-                    workers=0, checkpoint_every=1, train_size=0, warmup_steps=0, seed=0)
+                    workers=0, checkpoint_every=1, train_size=0, image_size=0, warmup_steps=0, seed=0)
     for k, low in at_least.items():
         require(getattr(c, k) >= low, f"{k} is {getattr(c, k)}: give at least {low}")
     require(c.lr > 0, f"lr is {c.lr}: give a learning rate above 0, such as 3e-4")

@@ -27,15 +27,15 @@ def squared_distances(
     "All squared Euclidean distances between latents and codes."
     return torch.addmm(e.square().sum(1), x, e.T, alpha=-2).add_(x.square().sum(1, keepdim=True)).clamp_(min=0)
 
-# %% ../nbs/05_quantizer.ipynb #787bbb87
-_CHUNK = 2**22  # elements of the latents-by-codes table held at a time
+# %% ../nbs/05_quantizer.ipynb #a92a948b
+_CHUNK = dict(cpu=2**18)  # elements of the latents-by-codes table held at a time: what a core's cache holds
 
 def row_chunks(
-    x: Tensor,    # rows [N, D]
+    x: Tensor,            # rows [N, D]
     num_embeddings: int,  # K
 ) -> tuple[Tensor, ...]:
     "`x` in pieces whose table against K codes stays small."
-    return x.split(max(1, _CHUNK // num_embeddings))
+    return x.split(max(1, _CHUNK.get(x.device.type, 2**26) // num_embeddings))
 
 @torch.no_grad()
 def nearest_code(

@@ -104,7 +104,7 @@ def restart(
     book.counts.copy_(torch.where(dead, fair, book.counts))
     book.sums.copy_(torch.where(dead[:, None], rows * fair, book.sums))
 
-# %% ../nbs/06_vq_ema.ipynb #a9eaa940
+# %% ../nbs/06_vq_ema.ipynb #46e9e478
 @register_quantizer("vq_ema")
 class VQEMAQuantizer(Quantizer):
     "VQ-EMA that keeps its codes: started on the data, counts beside sums, revival of codes that win too little."
@@ -113,7 +113,7 @@ class VQEMAQuantizer(Quantizer):
         embedding_dim: int,                  # D, dimension of a code
         commitment_cost: float = 0.25,       # weight of the commitment loss
         decay: float = 0.99,                 # γ of the running means
-        restart_below: float = 0.1,          # revive codes under this part of a fair share; 0: never
+        restart_below: float = 0.6,          # revive codes under this part of a fair share; 0: never
         init: str = "kmeans++",              # where codes start: kmeans++, data, uniform
         distance: str = "euclidean",         # euclidean or cosine
         gradient: str = "straight_through",  # straight_through or rotation

@@ -1,6 +1,8 @@
-"""Run notebooks in place, store their outputs, and clean them: python tools/execute.py [05_quantizer …]
+"""Run notebooks in place, store their outputs small, and clean them: python tools/execute.py [05_quantizer …]
 
 Without a name: all of them, in their order. A notebook that fails is left as it was."""
+import base64
+import io
 import subprocess
 import sys
 import time
@@ -9,6 +11,7 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT / "nbs"
@@ -23,12 +26,22 @@ def find(names):
     return paths
 
 
+def shrink(nb, colours=128):
+    "Store figures with a palette where that saves a quarter or more: a third of the bytes, no difference to the eye."
+    for data in (o["data"] for c in nb.cells for o in c.get("outputs", []) if "image/png" in o.get("data", {})):
+        png, small = base64.b64decode(data["image/png"]), io.BytesIO()
+        image = Image.open(io.BytesIO(png)).convert("RGB")
+        image.quantize(colours, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(small, "PNG", optimize=True)
+        if small.tell() < 0.75 * len(png): data["image/png"] = base64.b64encode(small.getvalue()).decode()
+
+
 def execute(path, timeout=600):
     "Run one notebook in a kernel of its own and write it back with its outputs."
     start, nb = time.monotonic(), nbformat.read(path, as_version=4)
     client = NotebookClient(nb, timeout=timeout, kernel_name="python3", store_widget_state=False, resources={"metadata": {"path": str(NBS)}})
     try: client.execute()
     except (CellExecutionError, CellTimeoutError) as e: sys.exit(f"{e}\n{path.name} failed and was left as it was")
+    shrink(nb)
     nbformat.write(nb, path)
     print(f"{path.stem:24s} {time.monotonic() - start:5.1f} s  {path.stat().st_size / 1024:4.0f} KB", flush=True)
 
