@@ -267,14 +267,15 @@ def restore(
     set_rng_state(state["rng_state"])
     t.epoch, t.history = state["epoch"], read_history(folder)[:state["epoch"]]
 
-# %% ../nbs/12_training.ipynb #16c35d28
+# %% ../nbs/12_training.ipynb #639d5d97
 def fit(
     t: Training,            # prepared
     folder: str | Path,     # of the run
     resume: bool = False,   # go on with what is there
-    progress: bool = True,  # bars, and a line an epoch
+    progress: bool | str = True,  # bars and a line an epoch; "bars"; or nothing
 ) -> dict[str, float]:
     "Train to the end and write the files of the run; returns the final metrics."
+    from tqdm.auto import tqdm
     folder, main = Path(folder), t.accelerator.is_main_process
     check_folder(t.config, folder, resume)
     if resume and (folder / "final_metrics.json").exists(): return json.loads((folder / "final_metrics.json").read_text(encoding="utf-8"))
@@ -285,7 +286,7 @@ def fit(
     while t.epoch < t.config.epochs:
         entry = one_epoch(t, folder, progress)
         log(entry)
-        if progress: t.accelerator.print(epoch_line(entry, t.config.epochs), flush=True)
+        if progress is True and main: tqdm.write(epoch_line(entry, t.config.epochs))
         if main: write_history(t.history, folder)
         if main and (t.epoch % t.config.checkpoint_every == 0 or t.epoch == t.config.epochs): save_checkpoint(t, folder)
     if main: atomic_write(folder / "final_model.pt", lambda f: torch.save(t.model.state_dict(), f))
