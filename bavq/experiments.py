@@ -12,10 +12,11 @@ import tyro
 from .core import BavqError, RunConfig, check_config, choose, config_from_dict, config_id, require, run_name, write_json
 
 # %% auto #0
-__all__ = ['METRICS', 'PRESETS', 'only_writer', 'environment', 'run', 'read_json', 'record_run', 'Sweep', 'sweep', 'run_line',
-           'attempt', 'one_by_one', 'in_processes', 'load_results', 'mean_interval', 'paired_difference', 'summarise',
-           'groups', 'tables', 'compare_figure', 'Study', 'study_configs', 'read_config', 'Train', 'Compare', 'compare',
-           'print_tables', 'Evaluate', 'Summarise', 'parse', 'one_line', 'main']
+__all__ = ['METRICS', 'PRESETS', 'only_writer', 'environment', 'run', 'read_json', 'record_run', 'Sweep', 'sweep', 'epochs_done',
+           'run_line', 'attempt', 'one_by_one', 'in_processes', 'cores', 'start_worker', 'load_results',
+           'mean_interval', 'paired_difference', 'summarise', 'groups', 'tables', 'compare_figure', 'Study',
+           'study_configs', 'read_config', 'Train', 'Compare', 'compare', 'default_jobs', 'print_tables', 'Evaluate',
+           'Summarise', 'parse', 'one_line', 'main']
 
 # %% ../nbs/13_experiments.ipynb #d54c74cb
 @contextlib.contextmanager
@@ -89,7 +90,7 @@ def record_run(
                   metrics=read_json(folder / "final_metrics.json"), curve=curve)
     return write_json(Path(results) / f"{config_id(config)}-s{config.seed}.json", record)
 
-# %% ../nbs/13_experiments.ipynb #ca6ddda6
+# %% ../nbs/13_experiments.ipynb #ce559a23
 class Sweep(NamedTuple):
     "What became of the runs, by name."
     metrics: dict[str, dict]  # final metrics of those that are complete
@@ -108,16 +109,24 @@ def sweep(
     names = [run_name(check_config(c)) for c in configs]
     twice = {n for n in names if names.count(n) > 1}
     require(not twice, f"two runs are called {', '.join(sorted(twice))}: give each its own name or seed")
-    outcome, attempts = Sweep({}, {}), in_processes if jobs > 1 else one_by_one
-    with tqdm(total=len(configs), desc="runs", disable=not progress) as bar:
-        for name, metrics, error in attempts(configs, dict(out=out, record=record, progress="bars" if progress and jobs == 1 else False), jobs):
+    outcome, folders = Sweep({}, {}), [Path(out) / n for n in names]
+    options = dict(out=out, record=record, progress="bars" if progress and jobs == 1 else False)
+    with tqdm(total=sum(c.epochs for c in configs), unit="epoch", disable=not progress) as bar:
+        tick = lambda: bar.update(sum(epochs_done(f) for f in folders) - bar.n)
+        for name, metrics, error in (in_processes if jobs > 1 else one_by_one)(configs, options, jobs, tick):
             if error: outcome.failures[name] = error
             else: outcome.metrics[name] = metrics
-            if progress: tqdm.write(f"{name} | failed: {error}" if error else run_line(name, metrics))
-            bar.update()
+            if progress: tqdm.write(f"{name} | failed: {error}" if error else run_line(name, metrics)); tick()
     return outcome
 
-# %% ../nbs/13_experiments.ipynb #f0ca2ba7
+# %% ../nbs/13_experiments.ipynb #572997c6
+def epochs_done(
+    folder: Path,  # of a run, begun or not
+) -> int:
+    "How far a run has come."
+    path = folder / "history.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
 def run_line(
     name: str,      # of a run
     metrics: dict,  # its final ones
@@ -134,35 +143,51 @@ def attempt(
     except BavqError as e: return run_name(config), None, str(e)
     except Exception as e: return run_name(config), None, f"{type(e).__name__}: {' '.join(str(e).split())}"
 
-def one_by_one(configs, options, jobs): return (attempt(c, options) for c in configs)
+def one_by_one(configs, options, jobs, tick): return (attempt(c, options) for c in configs)
 
+# %% ../nbs/13_experiments.ipynb #42f0eb5e
 def in_processes(
     configs: list[RunConfig],  # the runs
     options: dict,             # of `run`
     jobs: int,                 # processes at a time
+    tick,                      # called about once a second
 ):
     "Outcomes of the runs as they come in."
-    context, waiting, running = multiprocessing.get_context("spawn"), list(configs), {}
-    threads = max(1, (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1) // jobs)
+    waiting, busy, threads = list(configs), {}, max(1, cores() // jobs)
     try:
-        while waiting or running:
-            while waiting and len(running) < jobs:
-                here, there = context.Pipe(duplex=False)
-                process = context.Process(target=_work, args=(there, waiting[0], options, threads))
-                process.start(); there.close()
-                running[process.sentinel] = process, here, waiting.pop(0)
-            for sentinel in multiprocessing.connection.wait(list(running)):
-                process, here, config = running.pop(sentinel)
-                process.join()
-                try: yield here.recv()
-                except EOFError: yield run_name(config), None, f"its process ended with exit code {process.exitcode}"
+        while waiting or busy:
+            while waiting and len(busy) < jobs:
+                pipe, process = start_worker(options, threads)
+                busy[pipe] = process, waiting.pop(0)
+                pipe.send(busy[pipe][1])
+            for pipe in multiprocessing.connection.wait(list(busy), timeout=1):
+                process, config = busy.pop(pipe)
+                try: yield pipe.recv()
+                except (EOFError, OSError):
+                    process.join()
+                    yield run_name(config), None, f"its process ended with exit code {process.exitcode}"
+                    continue
+                if waiting:
+                    busy[pipe] = process, waiting.pop(0)
+                    pipe.send(busy[pipe][1])
+                else: pipe.send(None)
+            tick()
     finally:
-        for process, *_ in running.values(): process.terminate()
+        for process, _ in busy.values(): process.terminate()
 
-def _work(pipe, config, options, threads):
+def cores(): return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+def start_worker(options, threads):
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=_work, args=(there, options, threads))
+    process.start(); there.close()
+    return here, process
+
+def _work(pipe, options, threads):
     import torch
     torch.set_num_threads(threads)
-    pipe.send(attempt(config, options))
+    while (config := pipe.recv()) is not None: pipe.send(attempt(config, options))
 
 # %% ../nbs/13_experiments.ipynb #0be764ca
 def load_results(
@@ -270,7 +295,7 @@ def compare_figure(
     if path: atomic_write(path, lambda f: fig.savefig(f, format="png", dpi=120))
     return fig
 
-# %% ../nbs/13_experiments.ipynb #93508bbe
+# %% ../nbs/13_experiments.ipynb #d231d8da
 class Study(NamedTuple):
     "A list of runs, said briefly."
     base: RunConfig                       # what all runs share
@@ -282,7 +307,7 @@ class Study(NamedTuple):
 _SPEC = ("vq_ema_spec", "ba_vq_spec")
 _SMALL = RunConfig(hidden_channels=32, embedding_dim=64, batch_size=64, lr=1e-3, workers=2)
 PRESETS = dict(
-    quick=Study(replace(_SMALL, train_size=6000, epochs=5), ("vq_ema", "ba_vq", *_SPEC), (256,)),
+    quick=Study(replace(_SMALL, train_size=8000, epochs=8), ("vq_ema", "ba_vq", *_SPEC), (256,)),
     cpu=Study(replace(_SMALL, hidden_channels=64, epochs=10), codebook_sizes=(256,)),
     gpu=Study(RunConfig(data="cifar10", precision="bf16"), codebook_sizes=(256, 512, 1024), seeds=1, cosine=(512,)),
     paper=Study(RunConfig(data="cifar10", precision="bf16"), ("vq_ema", "ba_vq", *_SPEC), (256, 512, 1024, 2048), seeds=5))
@@ -309,7 +334,7 @@ def read_config(
     require(isinstance(d, dict) and all(isinstance(k, str) for k in d), f"{path} holds no names and values: write one `name: value` a line")
     return config_from_dict(d, base)
 
-# %% ../nbs/13_experiments.ipynb #07cd7631
+# %% ../nbs/13_experiments.ipynb #4774e963
 @dataclass
 class Train:
     "Train one model."
@@ -333,13 +358,13 @@ class Compare:
     codebook_sizes: tuple[int, ...] = ()  # others than the preset's
     epochs: int = 0           # another number than the preset's
     seeds: int = 0            # another number than the preset's
-    jobs: int = 1             # runs at a time
+    jobs: int = 0             # runs at a time; 0: one a core, or one where there is a GPU
     out: str = "experiments"  # where the runs' folder is made
     record: str = ""          # folder for the record of each run
 
     def __call__(self): compare(self)
 
-# %% ../nbs/13_experiments.ipynb #5ca89022
+# %% ../nbs/13_experiments.ipynb #4033f9df
 def compare(
     o: Compare,  # options
 ) -> None:
@@ -349,7 +374,7 @@ def compare(
     study = choose(o.preset, PRESETS, "preset")
     study = study._replace(base=replace(study.base, **given), **{k: v for k in ("quantizers", "codebook_sizes", "seeds") if (v := getattr(o, k))})
     folder, configs = Path(o.out) / f"compare-{o.preset}", study_configs(study)
-    result = sweep(configs, folder, o.record or None, o.jobs)
+    result = sweep(configs, folder, o.record or None, o.jobs or default_jobs(len(configs)))
     require(result.metrics, f"no run was finished ({next(iter(result.failures.values()), '')})")
     df = load_results(folder)
     df = df[df["run"].isin(result.metrics)]
@@ -360,6 +385,10 @@ def compare(
     print_tables(summary)
     print(f"\nfigure:  {folder / 'compare.png'}\nnumbers: {folder / 'summary.json'}\nto read on, open the notebook nbs/20_compare.ipynb: make notebook")
     require(not result.failures, f"{len(result.failures)} of {len(configs)} runs failed: see the lines above, then run the same command again")
+
+def default_jobs(runs):
+    import torch
+    return 1 if torch.cuda.is_available() or torch.backends.mps.is_available() else max(1, min(cores(), runs, 8))
 
 def print_tables(
     summary,  # of `summarise`
