@@ -44,8 +44,8 @@ METHODS = {
 COLORS = {name: s.color for name, s in METHODS.items()}
 METHOD_LABELS = {name: s.label for name, s in METHODS.items()}
 
-# %% ../nbs/01_plots.ipynb #c8ec88f4
-_SPARE_COLORS, _SPARE_MARKERS, _SPARE_LINES = ["#332288", "#661100", "#009E73", "#5A5A5A", "#0072B2"], "<>hpd8", ["-", "--", "-.", ":"]
+# %% ../nbs/01_plots.ipynb #42ed0845
+_SPARE_COLORS, _SPARE_MARKERS, _SPARE_LINES = ["#440066", "#0000CC", "#994433"], "<>hpd8", ["-", "--", "-.", ":"]
 
 def method_style(
     name: str,  # a method, listed in `METHODS` or not
@@ -54,7 +54,7 @@ def method_style(
     if name in METHODS: return METHODS[name]
     n = zlib.crc32(name.encode())
     pick = lambda spare, d: spare[n // d % len(spare)]
-    return MethodStyle(name, pick(_SPARE_COLORS, 1), pick(_SPARE_MARKERS, 5), pick(_SPARE_LINES, 30))
+    return MethodStyle(name, pick(_SPARE_COLORS, 1), pick(_SPARE_MARKERS, 3), pick(_SPARE_LINES, 18))
 
 # %% ../nbs/01_plots.ipynb #cf1310cf
 def method_color(
@@ -98,7 +98,8 @@ def figure(
     size = (ncols * width, nrows * height)
     return plt.subplots(nrows, ncols, figsize=size, dpi=80, layout="constrained")
 
-# %% ../nbs/01_plots.ipynb #237f9f0d
+# %% ../nbs/01_plots.ipynb #505becb8
+@house_style()
 def show_images(
     images: torch.Tensor,      # [N, C, H, W] in [-1, 1]; C is 1 or 3
     ncol: int = 8,             # images in a row
@@ -171,7 +172,7 @@ def _discs(ax, e, usage, color):
 
 def _numpy(x): return x.detach().cpu().double().numpy() if isinstance(x, torch.Tensor) else np.asarray(x, float)
 
-# %% ../nbs/01_plots.ipynb #05a6ac60
+# %% ../nbs/01_plots.ipynb #27df8074
 @house_style()
 def plot_usage(
     counts: torch.Tensor,      # [K] uses of each code
@@ -184,10 +185,11 @@ def plot_usage(
     require(c.ndim == 1 and c.sum() > 0, f"counts are {list(c.shape)}, in all {c.sum():g}: give [K] counts, not all 0")
     K, used = len(c), int((c > 0).sum())
     if ax is None: ax = figure()[1]
+    right = max(K + 1, ax.get_xlim()[1])
     if f"1/{K}" not in [l.get_gid() for l in ax.lines]:
         ax.axhline(1 / K, color="#808080", linestyle=(0, (4, 3)), linewidth=1, gid=f"1/{K}", zorder=1)
     ax.semilogy(np.arange(1, used + 1), c[:used] / c.sum(), **_line(label, color, markevery=[used - 1]))
-    ax.set(xlabel="rank of the code", ylabel="share of all uses", xlim=(0, max(K + 1, ax.get_xlim()[1] * bool(ax.lines[2:]))))
+    ax.set(xlabel="rank of the code", ylabel="share of all uses", xlim=(0, right))
     ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8)); ax.yaxis.set_minor_locator(NullLocator())
     ax.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g} %"))
     if label: ax.legend()
@@ -231,7 +233,7 @@ def plot_history(
     if label: axes[0].legend()
     return axes
 
-# %% ../nbs/01_plots.ipynb #312dacf8
+# %% ../nbs/01_plots.ipynb #831ae477
 @house_style()
 def plot_paired(
     values: dict[str, dict],       # {method: {seed: value}}, or {method: values in the order of the seeds}
@@ -249,7 +251,7 @@ def plot_paired(
     names = list(table)
     if reference:
         i, names = list(table).index(reference), [m for m in table if m != reference]
-        y, ylabel = np.delete(y - y[i], i, 0), f"{ylabel}, less that of {method_label(reference)}"
+        y, ylabel = np.delete(y - y[i], i, 0), f"{ylabel},\nless that of {method_label(reference)}"
         ax.axhline(0, color="#808080", linewidth=1, linestyle=(0, (4, 3)), zorder=0)
     if len(names) > 1: ax.plot(y, color="#B8B8B8", linewidth=0.8, zorder=1)
     for i, m in enumerate(names): _dots(ax, i, y[i][~np.isnan(y[i])], method_style(m), confidence)

@@ -19,20 +19,21 @@ from .vqvae import VQVAE
 # %% auto #0
 __all__ = ['build_model', 'train_epoch', 'loss_terms', 'add', 'averages', 'step_schedule', 'validate', 'epoch_line',
            'make_accelerator', 'Training', 'prepare', 'save_checkpoint', 'checkpoints', 'read_weights',
-           'newest_checkpoint', 'read_history', 'write_history', 'require_same', 'check_folder', 'restore', 'fit',
-           'one_epoch', 'start_log', 'train', 'load_model']
+           'newest_checkpoint', 'read_json', 'read_history', 'write_history', 'require_same', 'check_folder', 'restore',
+           'fit', 'one_epoch', 'start_log', 'train', 'load_model']
 
-# %% ../nbs/12_training.ipynb #73de049d
+# %% ../nbs/12_training.ipynb #4f5ff5da
 def build_model(
     config: RunConfig,  # quantizer, sizes, seed
     channels: int = 3,  # of the images
 ) -> VQVAE:
     "The model of a run; encoder and decoder depend on the seed and their sizes, not on the quantizer."
-    set_seed(config.seed)
-    quantizer = make_quantizer(config.quantizer, config.codebook_size, config.embedding_dim, **config.options)
-    set_seed(config.seed)
-    model = VQVAE(quantizer, in_channels=channels, hidden_channels=config.hidden_channels, residual_blocks=config.residual_blocks)
-    set_seed(config.seed)
+    c = config
+    set_seed(c.seed)
+    quantizer = make_quantizer(c.quantizer, c.codebook_size, c.embedding_dim, **c.options)
+    set_seed(c.seed)
+    model = VQVAE(quantizer, in_channels=channels, hidden_channels=c.hidden_channels, residual_blocks=c.residual_blocks)
+    set_seed(c.seed)
     return model
 
 # %% ../nbs/12_training.ipynb #dba51141
@@ -59,29 +60,19 @@ def train_epoch(
         add(total, losses)
     return averages(total, len(loader))
 
-# %% ../nbs/12_training.ipynb #0c58065b
-def loss_terms(
-    output,  # what the model returned
-) -> dict[str, Tensor]:
-    "The loss and its parts, by name."
+# %% ../nbs/12_training.ipynb #a9b991be
+def loss_terms(output) -> dict[str, Tensor]:
+    "The loss and its parts, by name, of what the model returned."
     return dict(loss=output.loss, recon_loss=output.recon_loss, **output.losses)
 
-def add(
-    total: dict[str, Tensor],   # changed in place; empty at first
-    losses: dict[str, Tensor],  # scalars
-    weight: float = 1.0,        # of these losses
-) -> None:
-    "Add up scalars by name, where they are."
+def add(total: dict[str, Tensor], losses: dict[str, Tensor], weight: float = 1.0) -> None:
+    "Add weighted scalars to a total, by name, where they are."
     for k, v in losses.items(): total[k] = total.get(k, 0) + weight * v.detach()
 
-def averages(
-    total: dict[str, Tensor],  # sums of one process
-    weight: float,             # the sum of its weights
-) -> dict[str, float]:
-    "The means, over all processes."
-    values = torch.stack([v.new_tensor(weight) for v in list(total.values())[:1]] + list(total.values())).float()
-    n, *sums = all_reduce(values).tolist()
-    return {k: s / n for k, s in zip(total, sums)}
+def averages(total: dict[str, Tensor], weight: float) -> dict[str, float]:
+    "Totals over their weight, of all processes together."
+    sums = all_reduce(torch.stack([torch.full_like(total["loss"], weight), *total.values()]))
+    return dict(zip(total, (sums[1:] / sums[0]).tolist()))
 
 # %% ../nbs/12_training.ipynb #5bc40952
 def step_schedule(
@@ -117,20 +108,15 @@ def validate(
     if model.bottleneck: result |= codes.compute() | dict(codebook_rank=effective_rank(model.quantizer.codebook).item())
     return result if beta is None else result | dict(beta=beta.item())
 
-# %% ../nbs/12_training.ipynb #d0bd5852
-def epoch_line(
-    entry: dict,  # one line of the history
-    epochs: int,  # of the run
-) -> str:
-    "What is printed after an epoch."
+# %% ../nbs/12_training.ipynb #dbe20109
+def epoch_line(entry: dict, epochs: int) -> str:
+    "What is printed after an epoch: an entry of the history, and how many there will be."
     value = lambda key, form: format(entry[key], form) if key in entry else "–"
     return (f"Epoch {entry['epoch']}/{epochs} | Train Loss {value('train_loss', '.4f')} | Val Loss {value('loss', '.4f')} | PSNR {value('psnr', '.2f')} dB"
             f" | Perplexity {value('perplexity', '.1f')} | Usage {value('usage_rate', '.1%')}")
 
-# %% ../nbs/12_training.ipynb #b1ec1b7d
-def make_accelerator(
-    config: RunConfig,  # precision, wandb, warmup_steps
-):
+# %% ../nbs/12_training.ipynb #2d3bb3a0
+def make_accelerator(config: RunConfig):
     "The `accelerate.Accelerator` of a run, or a `BavqError` that says what this machine cannot do."
     from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.state import AcceleratorState
@@ -141,7 +127,7 @@ def make_accelerator(
     except (ValueError, ImportError) as e:
         raise BavqError(f"precision {config.precision} does not work on this machine ({' '.join(str(e).split())}): give no or bf16") from None
 
-# %% ../nbs/12_training.ipynb #f1da6996
+# %% ../nbs/12_training.ipynb #e890f347
 @dataclass
 class Training:
     "A run in memory: what the configuration made, and how far it has come."
@@ -155,9 +141,7 @@ class Training:
     epoch: int = 0           # finished epochs
     history: list[dict] = field(default_factory=list)  # one entry for each
 
-def prepare(
-    config: RunConfig,  # what to train
-) -> Training:
+def prepare(config: RunConfig) -> Training:
     "Data, model and optimizer of a run on the device, or a `BavqError`; writes nothing."
     accelerator = make_accelerator(check_config(config))
     place = dict(device=accelerator.device, rank=accelerator.process_index, world_size=accelerator.num_processes)
@@ -168,12 +152,9 @@ def prepare(
     net, optimizer = accelerator.prepare(nn.Sequential(model), torch.optim.AdamW(model.parameters(), config.lr))
     return Training(config, accelerator, model, net, optimizer, *loaders)
 
-# %% ../nbs/12_training.ipynb #edb2769e
-def save_checkpoint(
-    t: Training,    # after an epoch
-    folder: Path,   # of the run
-) -> Path:
-    "Write a checkpoint, then forget all but the last two."
+# %% ../nbs/12_training.ipynb #c5beeb31
+def save_checkpoint(t: Training, folder: Path) -> Path:
+    "Write a checkpoint of a run after an epoch, then forget all but the last two."
     state = dict(epoch=t.epoch, model_state_dict=t.model.state_dict(), optimizer_state_dict=t.optimizer.state_dict(),
                  val_metrics=t.history[-1], rng_state=get_rng_state(), config=asdict(t.config))
     if t.accelerator.scaler: state["scaler_state_dict"] = t.accelerator.scaler.state_dict()
@@ -182,82 +163,61 @@ def save_checkpoint(
     for old in checkpoints(folder)[:-2]: old.unlink()
     return path
 
-def checkpoints(
-    folder: Path,  # of a run
-) -> list[Path]:
-    "The checkpoints there are, oldest first."
+def checkpoints(folder: Path) -> list[Path]:
+    "The checkpoints in a folder, oldest first."
     number = lambda p: p.stem.removeprefix("checkpoint_epoch")
     return sorted((p for p in Path(folder).glob("checkpoint_epoch*.pt") if number(p).isdigit()), key=lambda p: int(number(p)))
 
-# %% ../nbs/12_training.ipynb #2eb07c00
-def read_weights(
-    path: str | Path,  # a file of `torch.save`
-) -> dict:
-    "What a file holds, on the CPU; a `BavqError` where it is damaged, or holds more than tensors and plain values."
+# %% ../nbs/12_training.ipynb #8d4bb3f3
+def read_weights(path: str | Path) -> dict:
+    "What a file of `torch.save` holds, on the CPU; a `BavqError` where it is damaged, or holds more than tensors and plain values."
     require(Path(path).is_file(), f"there is no file {path}: check the path")
     try: return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:   # a damaged file can raise anything
         raise BavqError(f"{path} cannot be read ({type(e).__name__}): it is damaged or not a checkpoint; remove it") from None
 
-def newest_checkpoint(
-    folder: Path,  # of a run
-) -> dict | None:
+def newest_checkpoint(folder: Path) -> dict | None:
     "The newest checkpoint that can be read; None where there is none."
     for path in reversed(checkpoints(folder)):
         try: return read_weights(path)
         except BavqError as e: warnings.warn(f"{e}; going back to the one before")
 
-# %% ../nbs/12_training.ipynb #af05e459
-def read_history(
-    folder: str | Path,  # of a run
-) -> list[dict]:
-    "The entries of the finished epochs."
+def read_json(path: str | Path):
+    "What a JSON file holds, or a `BavqError`."
+    try: return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e: raise BavqError(f"{path} cannot be read ({type(e).__name__}): check the path, or remove the file") from None
+
+# %% ../nbs/12_training.ipynb #f47b9dc0
+def read_history(folder: str | Path) -> list[dict]:
+    "The entries of a run's finished epochs."
     path, entries = Path(folder) / "history.jsonl", []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try: entries.append(json.loads(line))
         except ValueError: break
     return entries
 
-def write_history(
-    history: list[dict],  # one entry an epoch
-    folder: Path,         # of the run
-) -> None:
+def write_history(history: list[dict], folder: Path) -> None:
     "Write the whole history."
     atomic_write(folder / "history.jsonl", lambda f: f.writelines(json.dumps(h).encode() + b"\n" for h in history))
 
-# %% ../nbs/12_training.ipynb #ee05b645
-def require_same(
-    config: RunConfig,  # asked for
-    found: dict,        # a configuration in a file
-    where: str | Path,  # that file or folder
-) -> None:
-    "A `BavqError` that names the fields in which two configurations would give another outcome."
+# %% ../nbs/12_training.ipynb #f7dd832f
+def require_same(config: RunConfig, found: dict, where: Path) -> None:
+    "A `BavqError` that names the fields in which the configuration found somewhere would give another outcome."
     free = {"name", "data_root", "workers", "checkpoint_every", "wandb"}
     old = asdict(config_from_dict(found))
     differ = [f"{k} {old[k]!r}, now {v!r}" for k, v in asdict(config).items() if k not in free and old[k] != v]
     require(not differ, f"{where} belongs to another configuration ({'; '.join(differ)}): give the same values, or another name")
 
-def check_folder(
-    config: RunConfig,  # about to be trained
-    folder: Path,       # where
-    resume: bool,       # may go on with what is there
-) -> None:
+def check_folder(config: RunConfig, folder: Path, resume: bool) -> None:
     "Refuse a folder that is taken, or that holds a run of another configuration; reads only."
     require(not folder.exists() or folder.is_dir(), f"{folder} is a file: give another name")
-    path = folder / "config.json"
-    if path.exists():
-        try: found = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError: raise BavqError(f"{path} is damaged: remove the folder, or give another name") from None
-        require_same(config, found, folder)
-    began = [p.name for p in (path, folder / "history.jsonl", folder / "final_metrics.json") if p.exists()] + [p.name for p in checkpoints(folder)]
+    if (folder / "config.json").exists(): require_same(config, read_json(folder / "config.json"), folder)
+    began = checkpoints(folder) + [f for name in ("config.json", "history.jsonl", "final_metrics.json") if (f := folder / name).exists()]
     require(resume or not began, f"the run {folder} is there already: resume it, give another name, or remove the folder")
 
-# %% ../nbs/12_training.ipynb #fd9061d6
-def restore(
-    t: Training,    # freshly prepared
-    folder: Path,   # of a run that was interrupted
-) -> None:
-    "Put a run back to its newest checkpoint, or leave it at its start."
+# %% ../nbs/12_training.ipynb #2c87272c
+def restore(t: Training, folder: Path) -> None:
+    "Put a freshly prepared run back to its newest checkpoint, or leave it at its start."
     state = newest_checkpoint(folder)
     if state is None: return
     require_same(t.config, state["config"], folder)
@@ -267,7 +227,7 @@ def restore(
     set_rng_state(state["rng_state"])
     t.epoch, t.history = state["epoch"], read_history(folder)[:state["epoch"]]
 
-# %% ../nbs/12_training.ipynb #639d5d97
+# %% ../nbs/12_training.ipynb #339f4a79
 def fit(
     t: Training,            # prepared
     folder: str | Path,     # of the run
@@ -278,7 +238,7 @@ def fit(
     from tqdm.auto import tqdm
     folder, main = Path(folder), t.accelerator.is_main_process
     check_folder(t.config, folder, resume)
-    if resume and (folder / "final_metrics.json").exists(): return json.loads((folder / "final_metrics.json").read_text(encoding="utf-8"))
+    if resume and (folder / "final_metrics.json").exists(): return read_json(folder / "final_metrics.json")
     if resume: restore(t, folder)
     t.accelerator.wait_for_everyone()
     if main: write_json(folder / "config.json", asdict(t.config))
@@ -292,15 +252,12 @@ def fit(
     if main: atomic_write(folder / "final_model.pt", lambda f: torch.save(t.model.state_dict(), f))
     final = {k: v for k, v in t.history[-1].items() if not k.startswith("train_") and k not in ("epoch", "seconds")}
     if main: write_json(folder / "final_metrics.json", final)
+    t.accelerator.wait_for_everyone()
     t.accelerator.end_training()
     return final
 
-# %% ../nbs/12_training.ipynb #ce6b621b
-def one_epoch(
-    t: Training,      # moved on by one epoch
-    folder: Path,     # of the run, for the message
-    progress: bool,   # show a bar
-) -> dict:
+# %% ../nbs/12_training.ipynb #498b0749
+def one_epoch(t: Training, folder: Path, progress: bool) -> dict:
     "Train, validate, and add to the history; stops at the first epoch whose losses are not finite."
     from tqdm.auto import tqdm
     began, number, steps = time.perf_counter(), t.epoch + 1, len(t.train_loader)
@@ -313,47 +270,38 @@ def one_epoch(
         entry = dict(epoch=number, **{f"train_{k}": v for k, v in losses.items()}, **validate(t.model, t.test_loader))
         require(math.isfinite(entry["loss"]), "the validation loss is not finite: give a smaller lr")
     except BavqError as e:
-        last = checkpoints(folder)
-        raise BavqError(f"stopped in epoch {number}, {f'the last checkpoint is {last[-1]}' if last else 'before the first checkpoint'}: {e}") from None
+        last = (checkpoints(folder) or ["none yet"])[-1]
+        raise BavqError(f"stopped in epoch {number} (last checkpoint: {last}): {e}") from None
     t.epoch = number
     t.history.append(entry | dict(seconds=round(time.perf_counter() - began, 3)))
     return t.history[-1]
 
-# %% ../nbs/12_training.ipynb #4527d62d
-def start_log(
-    t: Training,    # of the run
-    folder: Path,   # where offline logs go
-):
-    "A function that logs an entry of the history; does nothing where tracking is off."
+# %% ../nbs/12_training.ipynb #82f585cb
+def start_log(t: Training, folder: Path):
+    "A function that logs an entry of the history, offline logs into the folder; does nothing where tracking is off."
     if not t.config.wandb: return lambda entry: None
     t.accelerator.init_trackers("vq-codebook", asdict(t.config), {"wandb": dict(name=run_name(t.config), dir=str(folder))})
-    def log(entry):
-        values = {k: v for k, v in entry.items() if k not in ("epoch", "seconds")}
-        named = {f"train/{k.removeprefix('train_')}" if k.startswith("train_") else f"val/{k}": v for k, v in values.items()}
-        t.accelerator.log(named, step=entry["epoch"])
-    return log
+    name = lambda k: f"train/{k[6:]}" if k.startswith("train_") else f"val/{k}"
+    return lambda entry: t.accelerator.log({name(k): v for k, v in entry.items() if k not in ("epoch", "seconds")}, step=entry["epoch"])
 
 def train(
-    config: RunConfig,      # what to train
-    folder: str | Path,     # of the run
-    resume: bool = False,   # go on with what is there
-    progress: bool = True,  # bars, and a line an epoch
+    config: RunConfig,            # what to train
+    folder: str | Path,           # of the run
+    resume: bool = False,         # go on with what is there
+    progress: bool | str = True,  # bars and a line an epoch; "bars"; or nothing
 ) -> dict[str, float]:
     "Train a configuration into a folder; returns the final metrics."
     check_folder(check_config(config), Path(folder), resume)
     return fit(prepare(config), folder, resume, progress)
 
-# %% ../nbs/12_training.ipynb #db8393d8
-def load_model(
-    folder: str | Path,  # of a run, finished or not
-) -> tuple[VQVAE, RunConfig]:
+# %% ../nbs/12_training.ipynb #32097363
+def load_model(folder: str | Path) -> tuple[VQVAE, RunConfig]:
     "The final model of a run, or that of its newest checkpoint, in evaluation mode on the CPU, and its configuration."
-    folder = Path(folder)
-    require((folder / "config.json").is_file(), f"{folder} is not the folder of a run: it has no config.json; check the path")
-    config = config_from_dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-    final = folder / "final_model.pt"
+    final, path = Path(folder) / "final_model.pt", Path(folder) / "config.json"
+    require(path.is_file(), f"{folder} is not the folder of a run: it has no config.json; check the path")
     state = read_weights(final) if final.exists() else (newest_checkpoint(folder) or {}).get("model_state_dict")
     require(state, f"{folder} holds no weights yet: resume the run first")
+    config = config_from_dict(read_json(path))
     model = build_model(config, channels=state["encoder.layers.0.weight"].shape[1])
     model.load_state_dict(state)
     return model.eval(), config

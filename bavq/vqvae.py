@@ -30,14 +30,13 @@ class VQVAEOutput(NamedTuple):
         "What training minimises."
         return self.recon_loss + sum(self.losses.values())
 
-# %% ../nbs/11_vqvae.ipynb #39cf0d59
-def _quantizer(quantizer, codebook_size, embedding_dim, options):
-    if isinstance(quantizer, str): return make_quantizer(quantizer, codebook_size, embedding_dim, **options)
-    require(isinstance(quantizer, nn.Module), f"quantizer is a {type(quantizer).__name__}: give a registered name or a quantizer module")
+# %% ../nbs/11_vqvae.ipynb #0a5da014
+def _check_module(quantizer, options):
+    require(isinstance(quantizer, nn.Module) and hasattr(quantizer, "embedding_dim"),
+            f"quantizer is of type {type(quantizer).__name__}: give a registered name, or a quantizer module that check_quantizer accepts")
     require(not options, f"{', '.join(options)} given with a quantizer that is already made: set them where it is made, or give its name")
-    return quantizer
 
-# %% ../nbs/11_vqvae.ipynb #2da66c9a
+# %% ../nbs/11_vqvae.ipynb #11009c19
 class VQVAE(nn.Module):
     "Encoder, quantizer, decoder (van den Oord et al. 2017). Images [B, C, H, W] in [-1, 1], H and W multiples of 4."
     def __init__(self,
@@ -49,9 +48,12 @@ class VQVAE(nn.Module):
                  residual_blocks: int = 2,     # depth of each
                  **options):                   # more arguments of the named quantizer
         super().__init__()
-        self.quantizer = _quantizer(quantizer, codebook_size, embedding_dim, options)
-        sizes = hidden_channels, self.quantizer.embedding_dim, residual_blocks
+        named = isinstance(quantizer, str)
+        if not named: _check_module(quantizer, options)
+        sizes = hidden_channels, embedding_dim if named else quantizer.embedding_dim, residual_blocks
+        # the networks first: their weights then depend on the seed, not on what a quantizer draws
         self.encoder, self.decoder = Encoder(in_channels, *sizes), Decoder(in_channels, *sizes)
+        self.quantizer = make_quantizer(quantizer, codebook_size, embedding_dim, **options) if named else quantizer
         self.bottleneck = True  # False: the decoder sees the latents themselves, for a warm-up
 
     def forward(self, x: Tensor) -> VQVAEOutput:

@@ -1,0 +1,128 @@
+"The command `bavq`: mistakes end with one line and exit code 2 and leave nothing behind."
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from bavq.experiments import main
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = "--train_size 64 --codebook_size 8 --embedding_dim 4 --hidden_channels 4 --residual_blocks 0 --epochs 1 --batch_size 32".split()
+
+BAD = {
+    "": None,
+    "trian": "trian",
+    "train --codebok_size 5": "--codebok_size",
+    "train --epochs three": "three",
+    "train --epochs 2.5": "2.5",
+    "train --epochs 0": "epochs is 0",
+    "train --codebook-size 1": "codebook_size is 1",
+    "train --batch-size 0": "batch_size is 0",
+    "train --batch_size 10000000": "batch_size is 10000000",
+    "train --lr -1": "lr is -1.0",
+    "train --lr nan": "lr is nan",
+    "train --precision fp8": "unknown precision",
+    "train --quantizer vq_emma": "unknown quantizer",
+    "train --options gamma 1": "gamma",
+    "train --options distance": "distance",
+    "train --options distance manhattan": "unknown distance",
+    "train --data fotos": "unknown data set",
+    "train --data no/such/folder": "no/such/folder",
+    "train --data missing.npz": "missing.npz",
+    "train --name a/b": "name is 'a/b'",
+    "train --preset fast": "unknown preset",
+    "train --config missing.yaml": "missing.yaml",
+    "train --config broken.yaml": "broken.yaml is not YAML",
+    "train --config list.yaml": "list.yaml holds no names",
+    "train --config key.yaml": "unknown configuration key 'epoch'",
+    "compare --preset fast": "unknown preset",
+    "compare --seeds -1": "seeds is -1",
+    "compare --jobs -1": "jobs is -1",
+    "compare --epochs -1": "epochs is -1",
+    "evaluate": "folder",
+    "evaluate nowhere": "nowhere",
+    "summarise nowhere": "there is no folder nowhere",
+    "summarise .": "no finished run",
+}
+
+
+def bavq(capsys, *args):
+    "Exit code, stdout and stderr."
+    code = 0
+    try: main(list(args))
+    except SystemExit as e: code = e.code or 0
+    said = capsys.readouterr()
+    return code, said.out, said.err
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    (tmp_path / "broken.yaml").write_text("a: [")
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    (tmp_path / "key.yaml").write_text("epoch: 3\n")
+    return tmp_path
+
+
+@pytest.mark.parametrize("args", [a for a in BAD if a])
+def test_mistakes(args, here, capsys):
+    before = sorted(p.name for p in here.rglob("*"))
+    code, out, err = bavq(capsys, *args.split())
+    assert code == 2 and len(err.splitlines()) == 1 and err.startswith("bavq: ") and "Traceback" not in err, err
+    assert BAD[args] in err, err
+    assert sorted(p.name for p in here.rglob("*")) == before
+
+
+def test_help(capsys):
+    for args in ([], ["--help"], ["train", "--help"]):
+        code, out, err = bavq(capsys, *args)
+        assert code == 0 and "usage: bavq" in out and err == ""
+
+
+def test_a_run_from_start_to_summary(here, capsys):
+    "Train from a file, refuse the name, resume, evaluate, summarise; dashes and underscores; --debug shows where."
+    (here / "c.yaml").write_text("quantizer: vq_ema\nlr: 1e-3\nseed: 3\n")
+    train = ["train", "--config", "c.yaml", "--name", "one", *TINY]
+    code, out, err = bavq(capsys, *train)
+    assert code == 0, err
+    config = json.loads(Path("experiments/one/config.json").read_text())
+    assert (config["quantizer"], config["lr"], config["seed"], config["codebook_size"]) == ("vq_ema", 1e-3, 3, 8)
+    code, _, err = bavq(capsys, *train)
+    assert code == 2 and "there already: resume it" in err
+    code, _, err = bavq(capsys, *train, "--resume", "--codebook-size", "16", "--no-wandb")
+    assert code == 2 and "codebook_size 8, now 16" in err
+    assert bavq(capsys, *train, "--resume", "--no_wandb")[0] == 0
+    code, out, _ = bavq(capsys, "evaluate", "experiments/one", "--write")
+    final = json.loads(Path("experiments/one/final_metrics.json").read_text())
+    assert code == 0 and json.loads(Path("experiments/one/evaluation-photos.json").read_text())["metrics"] == final
+    code, out, _ = bavq(capsys, "summarise")
+    assert code == 0 and "vq_ema" in out and f"{final['psnr']:.2f}" in out
+    with pytest.raises(ValueError): main([*train, "--debug"])
+
+
+def test_sweep_in_processes(here, capsys):
+    "Two runs at a time in processes of their own; then the same command has nothing left to do."
+    from dataclasses import replace
+    from bavq.core import RunConfig
+    from bavq.experiments import sweep
+    base = RunConfig(train_size=64, codebook_size=8, embedding_dim=4, hidden_channels=4, residual_blocks=0, epochs=1, batch_size=32)
+    configs = [base, replace(base, quantizer="vq_ema"), replace(base, name="bad", lr=1e30, epochs=2)]
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    result = sweep(configs, "runs", record="results", jobs=2, progress=False)
+    assert len(result.metrics) == 2 and "not finite" in result.failures["bad"] or "NaN" in result.failures["bad"]
+    assert len(list(Path("results").glob("*.json"))) == 2
+    assert sweep(configs[:2], "runs", progress=False).metrics == result.metrics
+
+
+def test_offline_tracking(here, capsys, monkeypatch):
+    "Weights & Biases, offline, logs into the run's folder."
+    pytest.importorskip("wandb")
+    env = os.environ | {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "PYTHONPATH": str(ROOT)}
+    code = "from bavq.experiments import main; main()"
+    done = subprocess.run([sys.executable, "-c", code, "train", "--wandb", "--name", "tracked", *TINY], env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert list(Path("experiments/tracked/wandb").glob("offline-run-*/*.wandb"))
+    assert sorted(p.name for p in here.iterdir()) == ["broken.yaml", "experiments", "key.yaml", "list.yaml"]
