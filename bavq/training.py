@@ -127,7 +127,7 @@ def make_accelerator(config: RunConfig):
     except (ValueError, ImportError) as e:
         raise BavqError(f"precision {config.precision} does not work on this machine ({' '.join(str(e).split())}): give no or bf16") from None
 
-# %% ../nbs/12_training.ipynb #e890f347
+# %% ../nbs/12_training.ipynb #624a76af
 @dataclass
 class Training:
     "A run in memory: what the configuration made, and how far it has come."
@@ -145,7 +145,7 @@ def prepare(config: RunConfig) -> Training:
     "Data, model and optimizer of a run on the device, or a `BavqError`; writes nothing."
     accelerator = make_accelerator(check_config(config))
     place = dict(device=accelerator.device, rank=accelerator.process_index, world_size=accelerator.num_processes)
-    loaders = get_dataloaders(config.data, config.batch_size, config.data_root, config.seed, config.workers, config.train_size, **place)
+    loaders = get_dataloaders(config.data, config.batch_size, config.data_root, config.seed, config.workers, config.train_size, image_size=config.image_size, **place)
     steps = config.epochs * len(loaders[0])
     require(config.warmup_steps < steps, f"warmup_steps is {config.warmup_steps}, but training has {steps} steps: give fewer")
     model = build_model(config, loaders[0].channels)

@@ -14,7 +14,7 @@ from bavq.experiments import run
 
 ROOT = Path(__file__).resolve().parent.parent
 ENV = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-MAIN = "from bavq.experiments import main; main()"
+MAIN = "from bavq.cli import main; main()"
 TINY = dict(train_size=640, quantizer="vq_ema", codebook_size=16, embedding_dim=8, hidden_channels=8, residual_blocks=1, epochs=6, batch_size=32, checkpoint_every=2, warmup_steps=5)
 
 
