@@ -14,8 +14,6 @@ install: $(VENV)/.installed-base ## install bavq into .venv (2.6 GB to download 
 
 compare: $(VENV)/.installed-base ## train and compare VQ-EMA and BA-VQ on real images; more options: ARGS="..."
 	@$(BIN)/bavq compare $(ARGS)
-	@echo
-	@echo "To read how it works and what it means: make notebook, then open nbs/20_compare.ipynb"
 
 notebook: $(VENV)/.installed-notebooks ## open the notebooks in JupyterLab
 	@$(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/nbs/index.ipynb $(ARGS)
