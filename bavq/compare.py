@@ -12,7 +12,7 @@ from .statistics import groups
 # %% auto #0
 __all__ = ['cases', 'verdict', 'difference_figure', 'usage_figure', 'compare_figure']
 
-# %% ../nbs/20_compare.ipynb #0ede3fdd
+# %% ../nbs/20_compare.ipynb #61351166
 def cases(
     summary: pd.DataFrame,   # of `statistics.summarise`
     method: str = "ba_vq",   # compared with the summary's baseline
@@ -30,8 +30,9 @@ def verdict(
     c = cases(summary, method)
     more, fewer = (c["perplexity_low"] > 0).sum(), (c["perplexity_high"] < 0).sum()
     kept, lost = (c["psnr_low"] > -margin).sum(), (c["psnr_high"] < 0).sum()
-    return (f"**Of {len(c)} cases (data set × K, {c['pairs'].min()} paired seeds each), BA-VQ has the higher perplexity in {more}, VQ-EMA in {fewer}; "
-            f"in the other {len(c) - more - fewer} the interval holds zero.** The mean difference runs from {c['perplexity_diff'].min():+.0f} to {c['perplexity_diff'].max():+.0f} codes. "
+    shown = "BA-VQ uses its codebook more evenly" if more > len(c) / 2 else "VQ-EMA uses its codebook more evenly" if fewer > len(c) / 2 else "No difference in use is shown"
+    return (f"**{shown}.** Of {len(c)} cases (data set × K, {c['pairs'].min()} paired seeds each), BA-VQ has the higher perplexity in {more}, VQ-EMA in {fewer}; "
+            f"in the other {len(c) - more - fewer} the interval holds zero. The mean difference runs from {c['perplexity_diff'].min():+.0f} to {c['perplexity_diff'].max():+.0f} codes. "
             f"PSNR: in {kept} cases a loss of {margin} dB is excluded, in {lost} BA-VQ is worse; the mean difference runs from {c['psnr_diff'].min():+.2f} to {c['psnr_diff'].max():+.2f} dB.")
 
 # %% ../nbs/20_compare.ipynb #0e02f131
