@@ -29,11 +29,11 @@ def only_writer(
     except Timeout: raise BavqError(f"another process is training in {folder}: wait for it, or give another name") from None
     with lock: yield
 
-# %% ../nbs/13_experiments.ipynb #2a27097b
+# %% ../nbs/13_experiments.ipynb #945b1dcd
 def environment(
     device="cpu",  # that trains
 ) -> dict:
-    "Commit, versions, the device that trains, threads."
+    "What made a result: commit, versions, the device that trains, number of threads."
     import torch
     from importlib.metadata import version
     git = ["git", "-C", str(Path(sys.modules[BavqError.__module__].__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
@@ -78,11 +78,11 @@ def record_run(
                   seconds=round(sum(h["seconds"] for h in history), 1), metrics=read_json(folder / "final_metrics.json"), curve=curve)
     return write_json(Path(results) / f"{config_id(config)}-s{config.seed}.json", record)
 
-# %% ../nbs/13_experiments.ipynb #d0f89a05
+# %% ../nbs/13_experiments.ipynb #6d700980
 class Sweep(NamedTuple):
-    "What became of the runs, by name: the final metrics of those that are complete, one line for each of the others."
-    metrics: dict[str, dict]
-    failures: dict[str, str]
+    "What became of the runs, by name."
+    metrics: dict[str, dict]  # final metrics of each complete run
+    failures: dict[str, str]  # one line for each of the others
 
 def sweep(
     configs: list[RunConfig],          # the runs
@@ -107,7 +107,7 @@ def sweep(
             if progress: tqdm.write(run_line(name, metrics, error)); tick()
     return outcome
 
-# %% ../nbs/13_experiments.ipynb #be2f1724
+# %% ../nbs/13_experiments.ipynb #3d81ad08
 def attempt(
     config: RunConfig,  # of a run
     options: dict,      # of `run`
@@ -116,11 +116,15 @@ def attempt(
     try: return run_name(config), run(config, resume=True, **options), ""
     except Exception as e: return run_name(config), None, ("" if isinstance(e, BavqError) else f"{type(e).__name__}: ") + " ".join(str(e).split())
 
-def run_line(name: str, m: dict | None, error: str = "") -> str:
+def run_line(
+    name: str,        # of the run
+    m: dict | None,   # final metrics; None where it failed
+    error: str = "",  # what went wrong
+) -> str:
     "What is printed after a run: its name, and its final metrics or what went wrong."
     return f"{name} | failed: {error}" if error else f"{name} | PSNR {m['psnr']:.2f} dB | Perplexity {m['perplexity']:.1f} | Usage {m['usage_rate']:.1%} | Dead {m['dead_codes']}"
 
-# %% ../nbs/13_experiments.ipynb #c64df47f
+# %% ../nbs/13_experiments.ipynb #34a4d753
 def in_processes(
     configs: list[RunConfig],  # the runs
     options: dict,             # of `run`
@@ -150,7 +154,9 @@ def in_processes(
         outer.shutdown(cancel_futures=True)
         for _ in range(jobs): pools.get().shutdown()
 
-def cores(): return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def cores() -> int:
+    "Cores that this process may use."
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 # %% ../nbs/13_experiments.ipynb #f043365b
 def load_results(

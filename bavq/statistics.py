@@ -13,19 +13,19 @@ from .core import RunConfig, require
 # %% auto #0
 __all__ = ['METRICS', 'mean_interval', 'paired_difference', 'groups', 'summarise', 'tables']
 
-# %% ../nbs/14_statistics.ipynb #930c224c
+# %% ../nbs/14_statistics.ipynb #76142713
 def mean_interval(
-    values,  # one a seed
+    values,  # [n] numbers, one a seed
 ) -> tuple[float, float]:
     "Mean and half-width of its 95 % t-interval; NaN for one value."
     x = np.asarray(values, float)
     half = stats.t.ppf(0.975, len(x) - 1) * stats.sem(x) if len(x) > 1 else np.nan
     return x.mean(), half
 
-# %% ../nbs/14_statistics.ipynb #243cd3a6
+# %% ../nbs/14_statistics.ipynb #4e812395
 def paired_difference(
-    a,  # values by seed (a Series), of a method
-    b,  # of the baseline
+    a,  # values of a method: a Series, its index the seeds
+    b,  # values of the baseline, likewise
 ) -> dict[str, float]:
     "Mean of a-b over the seeds that both have, its 95 % t-interval, and the p of no difference."
     seeds = a.index.intersection(b.index)
@@ -66,11 +66,12 @@ def _summary(method, runs, baseline):
         if pairs: row |= {f"{m}_{k}": v for k, v in paired_difference(runs[m], baseline[m]).items()}
     return row
 
-# %% ../nbs/14_statistics.ipynb #85fa6e86
+# %% ../nbs/14_statistics.ipynb #bdc2df8e
 _NAMES = dict(psnr="PSNR [dB]", perplexity="perplexity", usage_rate="usage", dead_codes="dead codes")
 _DIGITS = dict(psnr=2, perplexity=1, usage_rate=3, dead_codes=1)
 
 def _number(v, m, sign=""): return "–" if v != v else f"{v:{sign}.{_DIGITS[m]}f}"
+def _p(p): return "–" if p != p else f"{p:.2g}"
 
 def tables(
     summary: pd.DataFrame,  # of `summarise`
@@ -78,7 +79,7 @@ def tables(
     "Two tables of text: means with intervals, and differences to the baseline with intervals and p."
     by = list(summary.columns[:list(summary.columns).index("method") + 1])
     mean = lambda r, m: _number(r[m], m) + (f" ± {_number(r[f'{m}_half'], m)}" if r[f"{m}_half"] == r[f"{m}_half"] else "")
-    diff = lambda r, m: f"{_number(r[f'{m}_diff'], m, '+')} [{_number(r[f'{m}_low'], m, '+')}, {_number(r[f'{m}_high'], m, '+')}] p={r[f'{m}_p']:.2g}"
+    diff = lambda r, m: f"{_number(r[f'{m}_diff'], m, '+')} [{_number(r[f'{m}_low'], m, '+')}, {_number(r[f'{m}_high'], m, '+')}] p={_p(r[f'{m}_p'])}"
     means = summary[[*by, "n"]].assign(**{_NAMES[m]: [mean(r, m) for _, r in summary.iterrows()] for m in METRICS})
     paired = summary[summary["pairs"] > 0]
     return means, paired[[*by, "pairs"]].assign(**{_NAMES[m]: [diff(r, m) for _, r in paired.iterrows()] for m in METRICS[:3] if len(paired)})

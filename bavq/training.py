@@ -22,10 +22,10 @@ __all__ = ['build_model', 'train_epoch', 'loss_terms', 'add', 'averages', 'step_
            'newest_checkpoint', 'read_json', 'read_history', 'write_history', 'require_same', 'check_folder', 'restore',
            'fit', 'one_epoch', 'start_log', 'train', 'load_model']
 
-# %% ../nbs/12_training.ipynb #4f5ff5da
+# %% ../nbs/12_training.ipynb #4219c206
 def build_model(
     config: RunConfig,  # quantizer, sizes, seed
-    channels: int = 3,  # of the images
+    channels: int = 3,  # C of the images
 ) -> VQVAE:
     "The model of a run; encoder and decoder depend on the seed and their sizes, not on the quantizer."
     c = config
@@ -36,10 +36,10 @@ def build_model(
     set_seed(c.seed)
     return model
 
-# %% ../nbs/12_training.ipynb #dba51141
+# %% ../nbs/12_training.ipynb #85fd5235
 def train_epoch(
     model: nn.Module,       # a VQVAE, or what accelerate made of it
-    loader,                 # batches of (images, labels)
+    loader,                 # batches of (images [B,C,H,W] in [-1,1], labels [B])
     optimizer,              # of the model's parameters
     on_step=None,           # called with the number of the step, before it
     clip_grad: float = 1.0, # largest norm of the gradient; 0: no clipping
@@ -60,16 +60,21 @@ def train_epoch(
         add(total, losses)
     return averages(total, len(loader))
 
-# %% ../nbs/12_training.ipynb #a9b991be
-def loss_terms(output) -> dict[str, Tensor]:
-    "The loss and its parts, by name, of what the model returned."
+# %% ../nbs/12_training.ipynb #466d8f92
+def loss_terms(
+    output,  # a VQVAEOutput
+) -> dict[str, Tensor]:
+    "The total loss and its weighted parts, by name: scalars, with their gradient."
     return dict(loss=output.loss, recon_loss=output.recon_loss, **output.losses)
 
 def add(total: dict[str, Tensor], losses: dict[str, Tensor], weight: float = 1.0) -> None:
     "Add weighted scalars to a total, by name, where they are."
     for k, v in losses.items(): total[k] = total.get(k, 0) + weight * v.detach()
 
-def averages(total: dict[str, Tensor], weight: float) -> dict[str, float]:
+def averages(
+    total: dict[str, Tensor],  # sums of scalars, by name, of this process
+    weight: float,             # what was summed: steps or images
+) -> dict[str, float]:
     "Totals over their weight, of all processes together."
     sums = all_reduce(torch.stack([torch.full_like(total["loss"], weight), *total.values()]))
     return dict(zip(total, (sums[1:] / sums[0]).tolist()))
@@ -86,11 +91,11 @@ def step_schedule(
         model.anneal(max(0, step - warmup_steps) / max(1, steps - 1 - warmup_steps))
     return on_step
 
-# %% ../nbs/12_training.ipynb #ec91ead0
+# %% ../nbs/12_training.ipynb #66baf53c
 @torch.no_grad()
 def validate(
     model: VQVAE,  # the model itself, not what accelerate made of it
-    loader,        # batches of (images, labels): the whole test set
+    loader,        # batches of (images [B,C,H,W] in [-1,1], labels [B]): the whole test set
 ) -> dict[str, float]:
     "Losses, PSNR in all conventions, and usage of the codes over a whole data set (over all processes)."
     was_training, total, n = model.training, {}, 0
@@ -115,8 +120,10 @@ def epoch_line(entry: dict, epochs: int) -> str:
     return (f"Epoch {entry['epoch']}/{epochs} | Train Loss {value('train_loss', '.4f')} | Val Loss {value('loss', '.4f')} | PSNR {value('psnr', '.2f')} dB"
             f" | Perplexity {value('perplexity', '.1f')} | Usage {value('usage_rate', '.1%')}")
 
-# %% ../nbs/12_training.ipynb #2d3bb3a0
-def make_accelerator(config: RunConfig):
+# %% ../nbs/12_training.ipynb #9d674906
+def make_accelerator(
+    config: RunConfig,  # its precision, whether it logs, whether it warms up
+):
     "The `accelerate.Accelerator` of a run, or a `BavqError` that says what this machine cannot do."
     from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.state import AcceleratorState
@@ -127,21 +134,23 @@ def make_accelerator(config: RunConfig):
     except (ValueError, ImportError) as e:
         raise BavqError(f"precision {config.precision} does not work on this machine ({' '.join(str(e).split())}): give no or bf16") from None
 
-# %% ../nbs/12_training.ipynb #624a76af
+# %% ../nbs/12_training.ipynb #587b7a4e
 @dataclass
 class Training:
     "A run in memory: what the configuration made, and how far it has come."
     config: RunConfig        # what to train
-    accelerator: object      # device, precision, processes
-    model: VQVAE             # the model
-    net: nn.Module           # the model as it is trained
-    optimizer: object        # AdamW
-    train_loader: Batches    # training images
+    accelerator: object      # of accelerate: device, precision, processes
+    model: VQVAE             # the model itself: for validation and checkpoints
+    net: nn.Module           # the same weights as they are trained: wrapped by accelerate
+    optimizer: object        # AdamW over all parameters, wrapped by accelerate
+    train_loader: Batches    # training images, in an order set by seed and epoch
     test_loader: Batches     # test images
     epoch: int = 0           # finished epochs
     history: list[dict] = field(default_factory=list)  # one entry for each
 
-def prepare(config: RunConfig) -> Training:
+def prepare(
+    config: RunConfig,  # what to train
+) -> Training:
     "Data, model and optimizer of a run on the device, or a `BavqError`; writes nothing."
     accelerator = make_accelerator(check_config(config))
     place = dict(device=accelerator.device, rank=accelerator.process_index, world_size=accelerator.num_processes)
@@ -152,8 +161,11 @@ def prepare(config: RunConfig) -> Training:
     net, optimizer = accelerator.prepare(nn.Sequential(model), torch.optim.AdamW(model.parameters(), config.lr))
     return Training(config, accelerator, model, net, optimizer, *loaders)
 
-# %% ../nbs/12_training.ipynb #c5beeb31
-def save_checkpoint(t: Training, folder: Path) -> Path:
+# %% ../nbs/12_training.ipynb #fe2a863b
+def save_checkpoint(
+    t: Training,   # after an epoch
+    folder: Path,  # of the run
+) -> Path:
     "Write a checkpoint of a run after an epoch, then forget all but the last two."
     state = dict(epoch=t.epoch, model_state_dict=t.model.state_dict(), optimizer_state_dict=t.optimizer.state_dict(),
                  val_metrics=t.history[-1], rng_state=get_rng_state(), config=asdict(t.config))
@@ -163,32 +175,42 @@ def save_checkpoint(t: Training, folder: Path) -> Path:
     for old in checkpoints(folder)[:-2]: old.unlink()
     return path
 
-def checkpoints(folder: Path) -> list[Path]:
+def checkpoints(
+    folder: Path,  # of a run
+) -> list[Path]:
     "The checkpoints in a folder, oldest first."
     number = lambda p: p.stem.removeprefix("checkpoint_epoch")
     return sorted((p for p in Path(folder).glob("checkpoint_epoch*.pt") if number(p).isdigit()), key=lambda p: int(number(p)))
 
-# %% ../nbs/12_training.ipynb #8d4bb3f3
-def read_weights(path: str | Path) -> dict:
+# %% ../nbs/12_training.ipynb #bf6d8967
+def read_weights(
+    path: str | Path,  # a checkpoint, or a file of weights
+) -> dict:
     "What a file of `torch.save` holds, on the CPU; a `BavqError` where it is damaged, or holds more than tensors and plain values."
     require(Path(path).is_file(), f"there is no file {path}: check the path")
     try: return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:   # a damaged file can raise anything
         raise BavqError(f"{path} cannot be read ({type(e).__name__}): it is damaged or not a checkpoint; remove it") from None
 
-def newest_checkpoint(folder: Path) -> dict | None:
+def newest_checkpoint(
+    folder: Path,  # of a run
+) -> dict | None:
     "The newest checkpoint that can be read; None where there is none."
     for path in reversed(checkpoints(folder)):
         try: return read_weights(path)
         except BavqError as e: warnings.warn(f"{e}; going back to the one before")
 
-def read_json(path: str | Path):
+def read_json(
+    path: str | Path,  # a configuration, metrics, a record
+):
     "What a JSON file holds, or a `BavqError`."
     try: return json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as e: raise BavqError(f"{path} cannot be read ({type(e).__name__}): check the path, or remove the file") from None
 
-# %% ../nbs/12_training.ipynb #f47b9dc0
-def read_history(folder: str | Path) -> list[dict]:
+# %% ../nbs/12_training.ipynb #ae729d5e
+def read_history(
+    folder: str | Path,  # of a run
+) -> list[dict]:
     "The entries of a run's finished epochs."
     path, entries = Path(folder) / "history.jsonl", []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
@@ -200,23 +222,34 @@ def write_history(history: list[dict], folder: Path) -> None:
     "Write the whole history."
     atomic_write(folder / "history.jsonl", lambda f: f.writelines(json.dumps(h).encode() + b"\n" for h in history))
 
-# %% ../nbs/12_training.ipynb #f7dd832f
-def require_same(config: RunConfig, found: dict, where: Path) -> None:
+# %% ../nbs/12_training.ipynb #8a95dc33
+def require_same(
+    config: RunConfig,  # asked for
+    found: dict,        # fields of the configuration that was found
+    where: Path,        # it was found, for the message
+) -> None:
     "A `BavqError` that names the fields in which the configuration found somewhere would give another outcome."
     free = {"name", "data_root", "workers", "checkpoint_every", "wandb"}
     old = asdict(config_from_dict(found))
     differ = [f"{k} {old[k]!r}, now {v!r}" for k, v in asdict(config).items() if k not in free and old[k] != v]
     require(not differ, f"{where} belongs to another configuration ({'; '.join(differ)}): give the same values, or another name")
 
-def check_folder(config: RunConfig, folder: Path, resume: bool) -> None:
+def check_folder(
+    config: RunConfig,  # asked for
+    folder: Path,       # of the run; need not exist
+    resume: bool,       # go on with what is there
+) -> None:
     "Refuse a folder that is taken, or that holds a run of another configuration; reads only."
     require(not folder.exists() or folder.is_dir(), f"{folder} is a file: give another name")
     if (folder / "config.json").exists(): require_same(config, read_json(folder / "config.json"), folder)
     began = checkpoints(folder) + [f for name in ("config.json", "history.jsonl", "final_metrics.json") if (f := folder / name).exists()]
     require(resume or not began, f"the run {folder} is there already: resume it, give another name, or remove the folder")
 
-# %% ../nbs/12_training.ipynb #2c87272c
-def restore(t: Training, folder: Path) -> None:
+# %% ../nbs/12_training.ipynb #fc1abe68
+def restore(
+    t: Training,   # prepared; changed in place
+    folder: Path,  # of the run
+) -> None:
     "Put a freshly prepared run back to its newest checkpoint, or leave it at its start."
     state = newest_checkpoint(folder)
     if state is None: return
@@ -256,8 +289,12 @@ def fit(
     t.accelerator.end_training()
     return final
 
-# %% ../nbs/12_training.ipynb #498b0749
-def one_epoch(t: Training, folder: Path, progress: bool) -> dict:
+# %% ../nbs/12_training.ipynb #0da62e3e
+def one_epoch(
+    t: Training,     # changed in place
+    folder: Path,    # of the run, for the message
+    progress: bool,  # show a bar
+) -> dict:
     "Train, validate, and add to the history; stops at the first epoch whose losses are not finite."
     from tqdm.auto import tqdm
     began, number, steps = time.perf_counter(), t.epoch + 1, len(t.train_loader)
@@ -294,8 +331,10 @@ def train(
     check_folder(check_config(config), Path(folder), resume)
     return fit(prepare(config), folder, resume, progress)
 
-# %% ../nbs/12_training.ipynb #32097363
-def load_model(folder: str | Path) -> tuple[VQVAE, RunConfig]:
+# %% ../nbs/12_training.ipynb #3772acdd
+def load_model(
+    folder: str | Path,  # of a run, finished or not
+) -> tuple[VQVAE, RunConfig]:
     "The final model of a run, or that of its newest checkpoint, in evaluation mode on the CPU, and its configuration."
     final, path = Path(folder) / "final_model.pt", Path(folder) / "config.json"
     require(path.is_file(), f"{folder} is not the folder of a run: it has no config.json; check the path")
