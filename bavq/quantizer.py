@@ -14,10 +14,10 @@ from .metrics import code_counts, compute_perplexity, compute_usage_rate
 
 # %% auto #0
 __all__ = ['DISTANCES', 'ESTIMATORS', 'INITIALIZERS', 'QUANTIZERS', 'RULES', 'squared_distances', 'row_chunks', 'nearest_code',
-           'unit', 'straight_through', 'rotate', 'init_uniform', 'init_data', 'init_kmeans_plus_plus', 'Quantized',
-           'to_rows', 'from_rows', 'check_finite', 'Quantizer', 'full_precision', 'latent_rows', 'encode', 'decode',
-           'quantize', 'initialise', 'register_quantizer', 'VectorQuantizer', 'make_quantizer', 'check_quantizer',
-           'fit_codebook', 'show_quantizer']
+           'unit', 'as_is', 'straight_through', 'rotate', 'init_uniform', 'init_data', 'init_kmeans_plus_plus',
+           'Quantized', 'to_rows', 'from_rows', 'check_finite', 'Quantizer', 'full_precision', 'latent_rows', 'encode',
+           'decode', 'quantize', 'initialise', 'register_quantizer', 'VectorQuantizer', 'make_quantizer',
+           'check_quantizer', 'fit_codebook', 'show_quantizer']
 
 # %% ../nbs/05_quantizer.ipynb #ede508d6
 def squared_distances(
@@ -27,7 +27,7 @@ def squared_distances(
     "All squared Euclidean distances between latents and codes."
     return torch.addmm(e.square().sum(1), x, e.T, alpha=-2).add_(x.square().sum(1, keepdim=True)).clamp_(min=0)
 
-# %% ../nbs/05_quantizer.ipynb #a92a948b
+# %% ../nbs/05_quantizer.ipynb #375173e8
 _CHUNK = dict(cpu=2**18)  # elements of the latents-by-codes table held at a time: what a core's cache holds
 
 def row_chunks(
@@ -37,6 +37,7 @@ def row_chunks(
     "`x` in pieces whose table against K codes stays small."
     return x.split(max(1, _CHUNK.get(x.device.type, 2**26) // num_embeddings))
 
+# %% ../nbs/05_quantizer.ipynb #3d77c36d
 @torch.no_grad()
 def nearest_code(
     x: Tensor,  # latents [N, D]
@@ -46,14 +47,14 @@ def nearest_code(
     half = e.square().sum(1).mul_(-0.5)
     return torch.cat([torch.addmm(half, rows, e.T).argmax(1) for rows in row_chunks(x, len(e))])
 
-# %% ../nbs/05_quantizer.ipynb #0fca85e9
-def unit(
-    x: Tensor,  # rows [N, D]
-) -> Tensor:
-    "Rows scaled to length one."
+# %% ../nbs/05_quantizer.ipynb #d3e1b013
+def unit(x: Tensor) -> Tensor:
+    "Rows [N, D] scaled to length one."
     return F.normalize(x, dim=-1)
 
-DISTANCES = dict(euclidean=lambda x: x, cosine=unit)
+def as_is(x: Tensor) -> Tensor: return x
+
+DISTANCES = dict(euclidean=as_is, cosine=unit)
 
 # %% ../nbs/05_quantizer.ipynb #323b29a6
 def straight_through(
@@ -79,28 +80,20 @@ def rotate(
 
 ESTIMATORS = dict(straight_through=straight_through, rotation=rotate)
 
-# %% ../nbs/05_quantizer.ipynb #fe42db82
-def init_uniform(
-    x: Tensor,            # latents [N, D]
-    num_embeddings: int,  # K
-) -> Tensor:                  # codes [K, D]
-    "Uniform in ±1/K, the classical choice (van den Oord et al. 2017, released code)."
+# %% ../nbs/05_quantizer.ipynb #cb726e3c
+def init_uniform(x: Tensor, num_embeddings: int) -> Tensor:
+    "K codes [K, D] uniform in ±1/K, whatever the latents x [N, D] (van den Oord et al. 2017, released code)."
     return torch.empty(num_embeddings, x.shape[1], dtype=x.dtype, device=x.device).uniform_(-1 / num_embeddings, 1 / num_embeddings)
 
-def init_data(
-    x: Tensor,            # latents [N, D]
-    num_embeddings: int,  # K
-) -> Tensor:                  # codes [K, D]
-    "K latents drawn at random; where N < K, the rest are repeats with a little noise."
+def init_data(x: Tensor, num_embeddings: int) -> Tensor:
+    "K of the latents x [N, D] at random, as codes [K, D]; where N < K, the rest are repeats with a little noise."
     pick = torch.randperm(len(x)).repeat(-(-num_embeddings // len(x)))[:num_embeddings]
     noise = 0.01 * x.std(0, unbiased=False) * torch.randn(num_embeddings, x.shape[1]).to(x)
     return x[pick.to(x.device)] + noise * (torch.arange(num_embeddings, device=x.device) >= len(x))[:, None]
 
-def init_kmeans_plus_plus(
-    x: Tensor,            # latents [N, D]
-    num_embeddings: int,  # K
-) -> Tensor:                  # codes [K, D]
-    "K latents far from each other, by k-means++ on at most 10·K of them."
+# %% ../nbs/05_quantizer.ipynb #fea3057f
+def init_kmeans_plus_plus(x: Tensor, num_embeddings: int) -> Tensor:
+    "K of the latents x [N, D] far from each other, as codes [K, D]: k-means++ on at most 10·K of them."
     from sklearn.cluster import kmeans_plusplus
     x = x[torch.randperm(len(x))[:10 * num_embeddings].to(x.device)]
     if len(x) <= num_embeddings: return init_data(x, num_embeddings)
@@ -117,7 +110,7 @@ class Quantized(NamedTuple):
     losses: dict[str, Tensor]  # weighted scalars, to be added up
     metrics: dict[str, Tensor] # detached: code_indices, perplexity, usage_rate, …
 
-# %% ../nbs/05_quantizer.ipynb #8a41eccf
+# %% ../nbs/05_quantizer.ipynb #986d5e3e
 def to_rows(
     z: Tensor,           # [B, D, H, W] or [N, D]
     embedding_dim: int,  # D
@@ -129,22 +122,19 @@ def to_rows(
     require(z.numel() > 0, f"latents have shape {tuple(z.shape)}: give at least one")
     return z if z.dim() == 2 else z.permute(0, 2, 3, 1).reshape(-1, embedding_dim)
 
+# %% ../nbs/05_quantizer.ipynb #f3f66959
 def from_rows(
     x: Tensor,                # [N, …]
     shape: tuple[int, ...],   # of the latents: [B, D, H, W] or [N, D]
 ) -> Tensor:                      # [B, …, H, W] or [N, …]
     "Rows back in the shape of the latents; rows of scalars become index grids."
-    if len(shape) == 2: return x
-    b, _, h, w = shape
-    return x.view(b, h, w, *x.shape[1:]).permute(0, *range(3, 2 + x.dim()), 1, 2).contiguous()
+    return x if len(shape) == 2 else x.view(shape[0], *shape[2:], *x.shape[1:]).movedim((1, 2), (-2, -1)).contiguous()
 
-def check_finite(
-    x: Tensor,  # latents [N, D]
-) -> None:
-    "Raise a `BavqError` where a latent is NaN or infinite. Waits for the device."
+def check_finite(x: Tensor) -> None:
+    "Raise a `BavqError` where a latent of x [N, D] is NaN or infinite. Waits for the device."
     require(bool(x.isfinite().all()), "latents hold NaN or infinite values: look at the learning rate, the loss and the images before this step")
 
-# %% ../nbs/05_quantizer.ipynb #1ae07b99
+# %% ../nbs/05_quantizer.ipynb #80bdfbf6
 class Quantizer(nn.Module):
     "Nearest code of K, one of two gradients, codes set from the first training batch. Subclasses say how codes are kept and learned."
     def __init__(self,
@@ -165,15 +155,14 @@ class Quantizer(nn.Module):
         self.register_buffer("initialised", torch.zeros((), dtype=torch.bool))
         self._ready = False
 
-    @property
-    def codebook(self) -> Tensor:
-        "The codes [K, D]."
-        raise NotImplementedError(f"{type(self).__name__} needs a property `codebook` [K, D]")
+    codebook: Tensor  # the codes [K, D]; every subclass keeps them in its own way
     def set_codes(self, codes: Tensor) -> None: raise NotImplementedError(f"{type(self).__name__} needs `set_codes(codes)`")
-    def losses(self, x: Tensor, e: Tensor) -> dict: return dict(commitment_loss=self.commitment_cost * F.mse_loss(x, e.detach()))
+    def losses(self, x: Tensor, e: Tensor) -> dict:
+        "Weighted losses of latents x [N, D] and their codes e [N, D]: the commitment."
+        return dict(commitment_loss=self.commitment_cost * F.mse_loss(x, e.detach()))
     def update(self, x: Tensor, index: Tensor) -> None: "Learn from latents [N, D] and their indices [N]; nothing, where codes learn by gradient."
     def anneal(self, progress: float) -> None: "Say how far training is, 0 to 1; nothing, where there is nothing to anneal."
-    def report(self) -> dict: return {}
+    def report(self) -> dict[str, Tensor]: return {}  # more metrics
 
     def forward(self, z: Tensor) -> Quantized: return quantize(self, z)
     def encode(self, z: Tensor) -> Tensor: return encode(self, z)
@@ -184,11 +173,9 @@ class Quantizer(nn.Module):
         super()._load_from_state_dict(*args)
         self._ready = bool(self.initialised)
 
-# %% ../nbs/05_quantizer.ipynb #712c85af
-def full_precision(
-    z: Tensor,  # on some device
-):
-    "A context without autocast, on devices that have it."
+# %% ../nbs/05_quantizer.ipynb #a50646eb
+def full_precision(z: Tensor):
+    "A context without autocast, where the device of z has it."
     kind = z.device.type
     return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else contextlib.nullcontext()
 
@@ -201,6 +188,7 @@ def latent_rows(
     if x.device.type == "cpu": check_finite(x)
     return q.prepare(x)
 
+# %% ../nbs/05_quantizer.ipynb #b424fec2
 def encode(
     q: Quantizer,  # any quantizer that searches
     z: Tensor,     # latents [B, D, H, W] or [N, D]
@@ -211,6 +199,7 @@ def encode(
         if x.device.type != "cpu": check_finite(x)
         return from_rows(nearest_code(x, q.codebook), z.shape)
 
+# %% ../nbs/05_quantizer.ipynb #18110dac
 def decode(
     q: Quantizer,     # any quantizer with a codebook
     indices: Tensor,  # [B, H, W] or [N], integers from 0 to K-1
@@ -223,7 +212,7 @@ def decode(
     e = F.embedding(indices.long(), q.codebook)
     return e if e.dim() == 2 else e.permute(0, 3, 1, 2).contiguous()
 
-# %% ../nbs/05_quantizer.ipynb #0b5c74af
+# %% ../nbs/05_quantizer.ipynb #20fc5bb2
 def quantize(
     q: Quantizer,  # any quantizer that searches
     z: Tensor,     # latents [B, D, H, W] or [N, D]
@@ -241,6 +230,7 @@ def quantize(
                        usage_rate=compute_usage_rate(counts), **q.report())
         return Quantized(from_rows(z_q, z.shape), losses, metrics)
 
+# %% ../nbs/05_quantizer.ipynb #49504e94
 @torch.no_grad()
 def initialise(
     q: Quantizer,  # a quantizer that has not seen data
@@ -252,18 +242,17 @@ def initialise(
     q.initialised.fill_(True)
     q._ready = True
 
-# %% ../nbs/05_quantizer.ipynb #76f12fe3
+# %% ../nbs/05_quantizer.ipynb #e1e8d85e
 QUANTIZERS: dict[str, Callable] = {}
 
-def register_quantizer(
-    name: str,  # what users and configurations call it
-):
-    "Class decorator: the quantizer appears by this name in every comparison."
+def register_quantizer(name: str):
+    "Class decorator: users, configurations and comparisons find the quantizer by this name."
     def add(cls):
         QUANTIZERS[name] = cls
         return cls
     return add
 
+# %% ../nbs/05_quantizer.ipynb #e03544f8
 @register_quantizer("vq")
 class VectorQuantizer(Quantizer):
     "Codes learned by gradient with codebook and commitment loss (van den Oord et al. 2017, eq. 3)."
@@ -274,7 +263,8 @@ class VectorQuantizer(Quantizer):
     @property
     def codebook(self): return self.prepare(self.embedding)
     def set_codes(self, codes): self.embedding.data.copy_(codes)
-    def losses(self, x, e): return dict(codebook_loss=F.mse_loss(e, x.detach()), **super().losses(x, e))
+    def losses(self, x, e):
+        return dict(codebook_loss=F.mse_loss(e, x.detach()), **super().losses(x, e))
 
 # %% ../nbs/05_quantizer.ipynb #d49c1b1c
 def make_quantizer(
@@ -293,15 +283,14 @@ def _number(v):
     try: return tuple(float(p) for p in v.split(",")) if "," in v else float(v)
     except ValueError: return v
 
-# %% ../nbs/05_quantizer.ipynb #07b57722
+# %% ../nbs/05_quantizer.ipynb #fd72dfdb
 def _rule_shapes(q, z):
     "z_q has the shape of z; losses are scalars; metrics are detached"
     for v in (z, to_rows(z, z.shape[1])):
         z_q, losses, metrics = q.train()(v)
         require(z_q.shape == v.shape, f"z_q has shape {tuple(z_q.shape)} for latents {tuple(v.shape)}: return the input's shape")
         require(all(l.dim() == 0 for l in losses.values()), "a loss is not a scalar: reduce it")
-        missing = {"code_indices", "perplexity", "usage_rate"} - set(metrics)
-        require(not missing, f"metrics lack {', '.join(sorted(missing))}: add them")
+        require({"code_indices", "perplexity", "usage_rate"} <= set(metrics), f"metrics are {', '.join(metrics)}: add code_indices, perplexity and usage_rate")
         require(not any(m.requires_grad for m in metrics.values()), "a metric carries a gradient: detach it")
         require(metrics["code_indices"].shape == v.shape[:1] + v.shape[2:], "code_indices have another shape than the grid: return [B, H, W] or [N]")
 
@@ -312,18 +301,19 @@ def _rule_gradient(q, z):
     g, = torch.autograd.grad((z_q * z.detach().sin()).sum() + sum(losses.values()), z)
     require(bool(g.isfinite().all() and g.abs().sum() > 0), "no finite gradient reaches z: estimate it, for instance with straight_through")
 
+# %% ../nbs/05_quantizer.ipynb #5bca56e8
 def _rule_round_trip(q, z):
     "in evaluation z_q is decode(encode(z)) to the bit"
     for v in (z, to_rows(z, z.shape[1])):
         require(torch.equal(q.eval()(v).z_q, q.decode(q.encode(v))), "in evaluation z_q differs from decode(encode(z)): let the decoder see the code itself")
         require(torch.equal(q(v).metrics["code_indices"], q.encode(v)), "code_indices differ from encode(z): return the indices that z_q was made from")
 
-# %% ../nbs/05_quantizer.ipynb #a4a46b41
 def _rule_batch_mates(q, z):
     "in evaluation an index does not depend on its batch mates"
     alone = torch.cat([q.eval().encode(v[None]) for v in z])
     require(torch.equal(alone, q.encode(z)), "an index changes with the batch around it: use running statistics in evaluation")
 
+# %% ../nbs/05_quantizer.ipynb #32977b8d
 def _rule_eval_keeps_state(q, z):
     "evaluation changes no state"
     before = copy.deepcopy(q.eval().state_dict()); q(z)
@@ -336,6 +326,7 @@ def _rule_state_dict(q, z):
     twin.load_state_dict(q.state_dict())
     require(torch.equal(twin.eval().encode(z), q.eval().encode(z)), "a copy loaded from state_dict gives other indices: keep all state in parameters and buffers")
 
+# %% ../nbs/05_quantizer.ipynb #7de98d9c
 def _rule_precision(q, z):
     "mixed precision changes no index"
     with torch.autocast(z.device.type, dtype=torch.bfloat16): low = q.eval()(z)
@@ -343,8 +334,9 @@ def _rule_precision(q, z):
 
 def _rule_no_wait(q, z):
     "the forward pass never waits for the device"
-    try: copy.deepcopy(q.train()).to("meta")(z.to("meta"))  # tensors without values: whoever asks for one fails
-    except (RuntimeError, NotImplementedError) as e: raise BavqError(f"the forward pass asks for a value on the host, or has no meta device ({str(e).splitlines()[0]}): keep it in tensors") from None
+    try: copy.deepcopy(q.train()).to("meta")(z.to("meta"))
+    except (RuntimeError, NotImplementedError) as e:
+        raise BavqError(f"the forward pass asks for a value on the host, or has no meta device ({str(e).splitlines()[0]}): keep it in tensors") from None
 
 def _rule_anneal(q, z):
     "anneal takes any progress from 0 to 1"
@@ -366,7 +358,7 @@ def check_quantizer(
         for rule in RULES: rule(q, z)
     return [rule.__doc__ for rule in RULES]
 
-# %% ../nbs/05_quantizer.ipynb #7f36a745
+# %% ../nbs/05_quantizer.ipynb #abf4f825
 def fit_codebook(
     q: nn.Module,            # trained in place
     x: Tensor,               # latents [N, D]
@@ -378,26 +370,25 @@ def fit_codebook(
     "Train a quantizer on frozen latents: same seed, same batches, whatever the quantizer."
     order = torch.Generator().manual_seed(seed)
     opt = torch.optim.Adam(q.parameters(), lr) if list(q.parameters()) else None
-    q.train()
     for step in range(steps):
         q.anneal(step / steps)
-        losses = q(x[torch.randint(len(x), (batch_size,), generator=order).to(x.device)]).losses
+        losses = q.train()(x[torch.randint(len(x), (batch_size,), generator=order).to(x.device)]).losses
         if opt: opt.zero_grad(); sum(losses.values()).backward(); opt.step()
     return q.eval()
 
+# %% ../nbs/05_quantizer.ipynb #e4c905ef
 def show_quantizer(
-    q: nn.Module,      # a quantizer of 2-D latents; a copy of it is trained
-    steps: int = 200,  # batches of the toy
-    name: str = "",    # its registered name, for the colour
+    q: nn.Module,    # a quantizer of 2-D latents; a copy of it is trained
+    name: str = "",  # its registered name, for the colour
 ):
     "Cells, codes and usage of a quantizer trained on a mixture of sixteen Gaussians in the plane."
     from bavq.data import mixture_source
     from bavq.plots import figure, method_color, plot_codes, plot_usage
     x = mixture_source(4096, 16, seed=0)
-    q, color = fit_codebook(copy.deepcopy(q), x, steps), method_color(name) if name else None
+    q, color = fit_codebook(copy.deepcopy(q), x), method_color(name) if name else None
     index = q.encode(x)
     counts, mse = code_counts(index, q.num_embeddings), (x - q.decode(index)).square().sum(1).mean()
-    fig, (left, right) = figure(1, 2, width=3.6, height=3.2)
-    plot_codes(x[:1000], q.codebook.detach(), usage=counts, ax=left, color=color, title=f"squared error {mse:.3f}")
+    fig, (left, right) = figure(1, 2, width=3.3, height=2.9)
+    plot_codes(x[:300], q.codebook.detach(), usage=counts, ax=left, color=color, title=f"squared error {mse:.3f}")
     plot_usage(counts, ax=right, color=color)
-    right.set_title(f"{int((counts > 0).sum())} of {q.num_embeddings} codes used, perplexity {compute_perplexity(counts):.1f}")
+    right.set_title(f"{int((counts > 0).sum())} of {q.num_embeddings} codes used, perplexity {compute_perplexity(counts):.1f}", loc="left", fontsize="medium")

@@ -56,7 +56,7 @@ class SpecifiedVQEMAQuantizer(Quantizer):
         self.ema_w.lerp_(sums, 1 - self.decay)
         self.embedding.copy_(self.ema_w / self.ema_cluster_size[:, None])
 
-# %% ../nbs/06_vq_ema.ipynb #af8b68f1
+# %% ../nbs/06_vq_ema.ipynb #365295f4
 class EMACodebook(nn.Module):
     "Codes as running means: counts N, sums S, codes S/N."
     def __init__(self,
@@ -71,15 +71,18 @@ class EMACodebook(nn.Module):
         self.register_buffer("sums", codes.clone())
 
     def set(self, codes: Tensor) -> None:
-        "Put all codes somewhere, each with the weight of one latent."
-        self.codes.copy_(codes); self.sums.copy_(codes); self.counts.fill_(1)
+        "Put all codes somewhere [K, D], each with the weight of one latent."
+        self.codes.copy_(codes)
+        self.sums.copy_(codes)
+        self.counts.fill_(1)
 
     def absorb(self, counts: Tensor, sums: Tensor) -> None:
         "Average in one batch's counts [K] and sums [K, D]."
-        self.counts.lerp_(counts, 1 - self.decay); self.sums.lerp_(sums, 1 - self.decay)
+        self.counts.lerp_(counts, 1 - self.decay)
+        self.sums.lerp_(sums, 1 - self.decay)
         self.codes.copy_(self.sums / smooth(self.counts)[:, None])
 
-# %% ../nbs/06_vq_ema.ipynb #ddcdcc1d
+# %% ../nbs/06_vq_ema.ipynb #d03f3ab6
 def sample_rows(
     x: Tensor,  # this process's latents [N, D]
     n: int,     # how many to draw
@@ -95,7 +98,7 @@ def sample_rows(
 def restart(
     book: EMACodebook,  # changed in place
     x: Tensor,          # latents [N, D]
-    below: float,       # a code under this part of the mean count is revived; 0: never
+    below: float,       # a code under this part of the mean count is revived; 0: none
 ) -> None:
     "Move codes that win too little to latents of the batch: code, count and sum together."
     fair = book.counts.mean()
