@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from bavq.core import RunConfig
+
 from bavq.cli import main
+from bavq.core import RunConfig
 from bavq.experiments import sweep
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -128,7 +129,8 @@ def test_offline_tracking(here):
     pytest.importorskip("wandb")
     env = os.environ | {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
     code = "from bavq.cli import main; main()"
-    done = subprocess.run([sys.executable, "-c", code, "train", "--wandb", "--name", "tracked", *TINY], env=env, capture_output=True, text=True, timeout=120)
+    command = [sys.executable, "-c", code, "train", "--wandb", "--name", "tracked", *TINY]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert list(Path("experiments/tracked/wandb").glob("offline-run-*/*.wandb"))
     assert sorted(p.name for p in here.iterdir()) == ["broken.yaml", "experiments", "images.npz", "key.yaml", "list.yaml"]

@@ -9,13 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from bavq.core import BavqError, RunConfig
 from bavq.experiments import run
 
 ROOT = Path(__file__).resolve().parent.parent
-ENV = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+PATHS = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+ENV = os.environ | {"PYTHONPATH": PATHS, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
 MAIN = "from bavq.cli import main; main()"
-TINY = dict(train_size=640, quantizer="vq_ema", codebook_size=16, embedding_dim=8, hidden_channels=8, residual_blocks=1, epochs=6, batch_size=32, checkpoint_every=2, warmup_steps=5)
+TINY = dict(train_size=640, quantizer="vq_ema", codebook_size=16, embedding_dim=8, hidden_channels=8, residual_blocks=1, epochs=6, batch_size=32,
+            checkpoint_every=2, warmup_steps=5)
 
 
 def command(name, out, **more):
@@ -49,11 +52,13 @@ def wait_for(process, folder, epochs):
 
 
 def difference(a, b, path=""):
-    "Where two checkpoints first differ, or None."
+    "Where two checkpoints first differ, or None; times and names may differ."
     if isinstance(a, torch.Tensor): return None if torch.equal(a, b) else path
-    if isinstance(a, dict): return path if a.keys() != b.keys() else next((d for k in a if k not in ("seconds", "name") and (d := difference(a[k], b[k], f"{path}/{k}"))), None)
-    if isinstance(a, (list, tuple)): return path if len(a) != len(b) else next((d for i, (x, y) in enumerate(zip(a, b)) if (d := difference(x, y, f"{path}/{i}"))), None)
-    return None if a == b else path
+    if not isinstance(a, (dict, list, tuple)): return None if a == b else path
+    pairs = [x if isinstance(x, dict) else dict(enumerate(x)) for x in (a, b)]
+    if pairs[0].keys() != pairs[1].keys(): return path
+    found = (difference(pairs[0][k], pairs[1][k], f"{path}/{k}") for k in pairs[0] if k not in ("seconds", "name"))
+    return next((d for d in found if d), None)
 
 
 def test_killed_and_resumed_is_undisturbed(tmp_path):
@@ -63,7 +68,8 @@ def test_killed_and_resumed_is_undisturbed(tmp_path):
     for epochs in (1, 3):
         process = start(*command("killed", tmp_path), "--resume")
         wait_for(process, killed, epochs)
-        with pytest.raises(BavqError, match="another process is training"): run(RunConfig(name="killed", **TINY), tmp_path, resume=True, progress=False)
+        with pytest.raises(BavqError, match="another process is training"):
+            run(RunConfig(name="killed", **TINY), tmp_path, resume=True, progress=False)
         process.send_signal(signal.SIGKILL)
         process.communicate()
         assert not (killed / "final_metrics.json").exists(), "the run was over before it could be killed: give it more epochs"
