@@ -175,7 +175,7 @@ def _image_data(a, name, classes):
     t = {k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in a.items()}
     return ImageData(t["train"], t["train_labels"].long(), t["test"], t["test_labels"].long(), name, tuple(classes))
 
-# %% ../nbs/02_data.ipynb #9d885564
+# %% ../nbs/02_data.ipynb #f1c025be
 TORCHVISION = {"cifar10": datasets.CIFAR10, "mnist": datasets.MNIST, "fashion_mnist": datasets.FashionMNIST}
 
 def load_torchvision(name: str, root: str = "") -> ImageData:
@@ -191,7 +191,7 @@ def load_torchvision(name: str, root: str = "") -> ImageData:
     return ImageData(x[0], y[0], x[1], y[1], name, tuple(train.classes))
 
 def _download(kind, root, folder, name):
-    before, lock = socket.getdefaulttimeout(), root / f".{name}.lock"
+    before, lock, new = socket.getdefaulttimeout(), root / f".{name}.lock", not root.exists()
     try:
         root.mkdir(parents=True, exist_ok=True); socket.setdefaulttimeout(10)
         with FileLock(lock), tempfile.TemporaryDirectory(dir=root) as tmp:
@@ -202,7 +202,7 @@ def _download(kind, root, folder, name):
         raise BavqError(f"{name} is not under {root} and cannot be downloaded ({_line(e)}): copy torchvision's files there, give another root, or use photos, which needs no network") from None
     finally:
         socket.setdefaulttimeout(before)
-        with suppress(OSError): lock.unlink()
+        with suppress(OSError): lock.unlink(); new and root.rmdir()   # a folder goes only where it is empty
 
 # %% ../nbs/02_data.ipynb #6f46a8d5
 def load_arrays(path: str) -> ImageData:
