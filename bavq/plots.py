@@ -20,7 +20,7 @@ from .core import require
 # %% auto #0
 __all__ = ['METHODS', 'COLORS', 'METHOD_LABELS', 'STYLE', 'MethodStyle', 'method_style', 'method_color', 'method_label',
            'house_style', 'figure', 'show_images', 'show_rows', 'cell_borders', 'plot_codes', 'plot_usage', 'plot_rd',
-           'plot_history', 'plot_paired', 'mean_interval']
+           'plot_history', 'plot_paired']
 
 # %% ../nbs/01_plots.ipynb #0093d7aa
 class MethodStyle(NamedTuple):
@@ -259,8 +259,8 @@ def plot_paired(
     ax.set(xlim=(-0.4, len(names) - 0.4), ylabel=ylabel); ax.grid(False, axis="x")
     return ax
 
-# %% ../nbs/01_plots.ipynb #25ce8ff1
-def mean_interval(
+# %% ../nbs/01_plots.ipynb #9b0b83b6
+def _mean_interval(
     values,                    # [n] numbers, n at least 2 for an interval
     confidence: float = 0.95,  # chance that such an interval covers the mean
 ) -> tuple[float, float, float]:
@@ -271,7 +271,7 @@ def mean_interval(
     return mean, *map(float, stats.t.interval(confidence, len(v) - 1, mean, stats.sem(v)))
 
 def _dots(ax, x, y, style, confidence):
-    mean, low, high = mean_interval(y, confidence)
+    mean, low, high = _mean_interval(y, confidence)
     ax.plot(np.full(len(y), x), y, linestyle="", marker=style.marker or "o", color=style.color, zorder=2)
     bar = dict(color=style.color, marker="_", markersize=11, capsize=3, linewidth=1.8, markeredgewidth=1.8)
     ax.errorbar(x + 0.17, mean, [[mean - low], [high - mean]], **bar)
