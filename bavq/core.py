@@ -38,7 +38,7 @@ def choose(
     require(name in table, f"unknown {what} {name!r}: choose one of {', '.join(sorted(table))}")
     return table[name]
 
-# %% ../nbs/00_core.ipynb #0cecc47d
+# %% ../nbs/00_core.ipynb #03ddd05e
 @dataclass(frozen=True)
 class RunConfig:
     "Everything that decides the outcome of one training run."
@@ -57,6 +57,7 @@ class RunConfig:
     epochs: int = 100             # passes over the training images
     batch_size: int = 256         # images per step, all processes together
     lr: float = 3e-4              # learning rate of AdamW
+    cooldown: float = 0.0         # last part of the steps, in which lr falls to 0 along a line; 0: lr stays
     clip_grad: float = 1.0        # largest norm of the gradient; 0: no clipping
     precision: str = "no"         # mixed precision: no, bf16 or fp16
     workers: int = 4              # loader processes, where the data do not fit into memory
@@ -64,7 +65,7 @@ class RunConfig:
     checkpoint_every: int = 10    # epochs between checkpoints
     wandb: bool = False           # log to Weights & Biases, project vq-codebook
 
-# %% ../nbs/00_core.ipynb #d2b1f8cb
+# %% ../nbs/00_core.ipynb #448f973a
 def check_config(
     c: RunConfig,  # what to check
 ) -> RunConfig:
@@ -74,6 +75,7 @@ def check_config(
     for k, low in at_least.items():
         require(getattr(c, k) >= low, f"{k} is {getattr(c, k)}: give at least {low}")
     require(c.lr > 0, f"lr is {c.lr}: give a learning rate above 0, such as 3e-4")
+    require(0 <= c.cooldown <= 1, f"cooldown is {c.cooldown}: give a part of the training from 0 to 1")
     require(c.clip_grad >= 0, f"clip_grad is {c.clip_grad}: give a norm above 0, or 0 for no clipping")
     choose(c.precision, dict(no=0, bf16=0, fp16=0), "precision")
     require(c.name not in (".", "..") and not set(c.name) & set("/\\\0"), f"name is {c.name!r}: a run's name is one folder name, without / or \\")
@@ -96,14 +98,15 @@ def _cast(k, v, kind):
     except (TypeError, ValueError): pass
     raise BavqError(f"{k} is {v!r}: give {dict(int='a whole number', float='a number', str='a text', bool='true or false', dict='name: value pairs')[kind.__name__]}")
 
-# %% ../nbs/00_core.ipynb #d01660b6
+# %% ../nbs/00_core.ipynb #1143295f
 _NOT_IN_ID = {"name", "seed", "data_root", "workers", "checkpoint_every", "wandb"}
 
 def config_id(
     c: RunConfig,  # a configuration
 ) -> str:
-    "A short name of the experiment: readable parts, then a hash of every field that changes the outcome but the seed."
-    d = {k: v for k, v in sorted(asdict(c).items()) if k not in _NOT_IN_ID}
+    "A short name of the experiment: readable parts, then a hash of what differs from the defaults and changes the outcome, but the seed."
+    default = asdict(RunConfig())
+    d = {k: v for k, v in asdict(c).items() if k not in _NOT_IN_ID and v != default[k]}
     digest = hashlib.sha256(json.dumps(d, sort_keys=True).encode()).hexdigest()[:8]
     return f"{Path(c.data).stem}-{c.quantizer}-k{c.codebook_size}-{digest}"
 

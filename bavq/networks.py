@@ -10,7 +10,7 @@ from torch import nn
 from .core import require
 
 # %% auto #0
-__all__ = ['ResidualBlock', 'check_images', 'Encoder', 'Decoder']
+__all__ = ['ResidualBlock', 'check_images', 'Encoder', 'FiLM', 'check_labels', 'Decoder', 'Coarsen', 'Refine']
 
 # %% ../nbs/10_networks.ipynb #392f5448
 class ResidualBlock(nn.Module):
@@ -23,7 +23,7 @@ class ResidualBlock(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.relu(x + self.conv2(F.relu(self.conv1(x))))
 
-# %% ../nbs/10_networks.ipynb #87dc35db
+# %% ../nbs/10_networks.ipynb #d4981aff
 def check_images(
     x: torch.Tensor,  # images [B, C, H, W]
     channels: int,    # the C that the network was made for
@@ -37,7 +37,7 @@ def check_images(
     require(height % 4 == 0 and width % 4 == 0 and height * width > 0, f"images are {height}×{width}: pad, crop or resize both sides to multiples of 4")
 
 def _check_sizes(**sizes):
-    low = dict(residual_blocks=0, hidden_channels=2)
+    low = dict(residual_blocks=0, hidden_channels=2, num_classes=0)
     for k, v in sizes.items(): require(v >= low.get(k, 1), f"{k} is {v}: give at least {low.get(k, 1)}")
 
 # %% ../nbs/10_networks.ipynb #c2813a93
@@ -64,24 +64,72 @@ class Encoder(nn.Module):
         require(x.dtype == dtype or torch.is_autocast_enabled(x.device.type), f"images are {x.dtype}, the network {dtype}: convert them, images.to({dtype})")
         return self.project(self.layers(x))
 
-# %% ../nbs/10_networks.ipynb #193ca8d2
+# %% ../nbs/10_networks.ipynb #636bbe47
+class FiLM(nn.Module):
+    "Channels scaled and shifted by class (Perez et al. 2018); at first the identity."
+    def __init__(self,
+                 num_classes: int,  # labels run from 0 to num_classes - 1
+                 channels: int):    # C of the features
+        super().__init__()
+        self.embedding = nn.Embedding.from_pretrained(torch.zeros(num_classes, 2 * channels), freeze=False)
+
+    def forward(self, h: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:  # h [B, C, H, W], labels [B]
+        gamma, beta = self.embedding(labels)[:, :, None, None].chunk(2, dim=1)
+        return (1 + gamma) * h + beta
+
+def check_labels(
+    labels: torch.Tensor,  # [B], whole numbers
+    num_classes: int,      # they run from 0 to num_classes - 1
+    n: int,                # B
+) -> None:
+    "Refuse labels that a conditional network cannot take; their values are looked at on the CPU only."
+    what = f"give one whole number from 0 to {num_classes - 1} for each of {n} images"
+    require(torch.is_tensor(labels), f"this decoder is conditional, but labels are {labels}: {what}")
+    require(labels.shape == (n,) and not labels.is_floating_point(), f"labels are {labels.dtype} {list(labels.shape)}: {what}")
+    if labels.device.type == "cpu": require(0 <= labels.min() and labels.max() < num_classes, f"labels run from {labels.min()} to {labels.max()}: {what}")
+
+# %% ../nbs/10_networks.ipynb #b1817e3c
 class Decoder(nn.Module):
     "Latents or codes [B, D, h, w] to images [B, C, 4h, 4w], unbounded."
     def __init__(self,
                  out_channels: int = 3,      # C of the images
                  hidden_channels: int = 256,  # width; the last hidden layer has half of it
                  embedding_dim: int = 256,   # D, dimension of a code
-                 residual_blocks: int = 2):  # depth at the grid's resolution
+                 residual_blocks: int = 2,   # depth at the grid's resolution
+                 num_classes: int = 0):      # of the labels that modulate it; 0: none
         super().__init__()
-        _check_sizes(out_channels=out_channels, hidden_channels=hidden_channels, embedding_dim=embedding_dim, residual_blocks=residual_blocks)
-        self.embedding_dim, h = embedding_dim, hidden_channels
+        _check_sizes(out_channels=out_channels, hidden_channels=hidden_channels, embedding_dim=embedding_dim, residual_blocks=residual_blocks, num_classes=num_classes)
+        self.embedding_dim, self.num_classes, h = embedding_dim, num_classes, hidden_channels
         self.project = nn.Conv2d(embedding_dim, h, 1) if embedding_dim != h else nn.Identity()
         self.layers = nn.Sequential(
             *[ResidualBlock(h) for _ in range(residual_blocks)],
             nn.Conv2d(h, h, 3, padding=1), nn.ReLU(),
             nn.ConvTranspose2d(h, h // 2, 4, stride=2, padding=1), nn.ReLU(),
             nn.ConvTranspose2d(h // 2, out_channels, 4, stride=2, padding=1))
+        self.film = nn.ModuleList(FiLM(num_classes, h) for _ in range(residual_blocks + 1)) if num_classes else ()
 
-    def forward(self, z: torch.Tensor) -> torch.Tensor:
+    def forward(self, z: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:  # labels [B]: for a conditional decoder only
         require(z.dim() == 4 and z.shape[1] == self.embedding_dim, f"latents have shape {list(z.shape)}: give [B, {self.embedding_dim}, h, w]")
-        return self.layers(self.project(z))
+        if self.num_classes: check_labels(labels, self.num_classes, len(z))
+        h = self.project(z)
+        for i, layer in enumerate(self.layers): h = layer(self.film[i](h, labels) if i < len(self.film) else h)
+        return h
+
+# %% ../nbs/10_networks.ipynb #14bc9235
+class Coarsen(nn.Sequential):
+    "Features [B, C, H, W] to latents [B, D, H/2, W/2]."
+    def __init__(self,
+                 channels: int,             # C
+                 embedding_dim: int,        # D
+                 residual_blocks: int = 2):  # depth at the coarse resolution
+        blocks = [ResidualBlock(channels) for _ in range(residual_blocks)]
+        super().__init__(nn.Conv2d(channels, channels, 4, stride=2, padding=1), nn.ReLU(), *blocks, nn.Conv2d(channels, embedding_dim, 1))
+
+class Refine(nn.Sequential):
+    "Codes [B, D, h, w] to features [B, C, 2h, 2w]."
+    def __init__(self,
+                 embedding_dim: int,        # D
+                 channels: int,             # C
+                 residual_blocks: int = 2):  # depth at the coarse resolution
+        blocks = [ResidualBlock(channels) for _ in range(residual_blocks)]
+        super().__init__(nn.Conv2d(embedding_dim, channels, 1), *blocks, nn.ConvTranspose2d(channels, channels, 4, stride=2, padding=1), nn.ReLU())

@@ -16,8 +16,8 @@ from .metrics import code_counts, compute_perplexity, compute_usage_rate
 __all__ = ['DISTANCES', 'ESTIMATORS', 'INITIALIZERS', 'QUANTIZERS', 'RULES', 'squared_distances', 'row_chunks', 'nearest_code',
            'unit', 'as_is', 'straight_through', 'rotate', 'init_uniform', 'init_data', 'init_kmeans_plus_plus',
            'Quantized', 'to_rows', 'from_rows', 'check_finite', 'Quantizer', 'full_precision', 'latent_rows', 'encode',
-           'decode', 'quantize', 'initialise', 'register_quantizer', 'VectorQuantizer', 'make_quantizer',
-           'check_quantizer', 'fit_codebook', 'show_quantizer']
+           'decode', 'check_indices', 'quantize', 'initialise', 'register_quantizer', 'VectorQuantizer',
+           'make_quantizer', 'check_quantizer', 'fit_codebook', 'show_quantizer']
 
 # %% ../nbs/05_quantizer.ipynb #ede508d6
 def squared_distances(
@@ -64,15 +64,14 @@ def straight_through(
     "Codes forward, the identity backward (van den Oord et al. 2017)."
     return z_q.detach() + (z - z.detach())
 
-# %% ../nbs/05_quantizer.ipynb #c1f1a870
+# %% ../nbs/05_quantizer.ipynb #1f95275c
 def rotate(
     z: Tensor,    # latents [N, D]
     z_q: Tensor,  # their codes [N, D]
 ) -> Tensor:          # z_q, to the bit
     "Codes forward, the rotation that takes z to z_q backward (Fifty et al. 2025)."
     with torch.no_grad():
-        z_hat, q_hat = unit(z), unit(z_q)
-        r = unit(z_hat + q_hat)
+        z_hat, q_hat = unit(z), unit(z_q); r = unit(z_hat + q_hat)
         scale = z_q.norm(dim=1, keepdim=True) / z.norm(dim=1, keepdim=True).clamp_min(1e-12)
     inner = lambda a: (z * a).sum(1, keepdim=True)
     turned = scale * (z - 2 * inner(r) * r + 2 * inner(z_hat) * q_hat)
@@ -91,14 +90,13 @@ def init_data(x: Tensor, num_embeddings: int) -> Tensor:
     noise = 0.01 * x.std(0, unbiased=False) * torch.randn(num_embeddings, x.shape[1]).to(x)
     return x[pick.to(x.device)] + noise * (torch.arange(num_embeddings, device=x.device) >= len(x))[:, None]
 
-# %% ../nbs/05_quantizer.ipynb #fea3057f
+# %% ../nbs/05_quantizer.ipynb #8b3ac18a
 def init_kmeans_plus_plus(x: Tensor, num_embeddings: int) -> Tensor:
     "K of the latents x [N, D] far from each other, as codes [K, D]: k-means++ on at most 10·K of them."
     from sklearn.cluster import kmeans_plusplus
     x = x[torch.randperm(len(x))[:10 * num_embeddings].to(x.device)]
     if len(x) <= num_embeddings: return init_data(x, num_embeddings)
-    seed = int(torch.randint(2**31, ()))
-    _, pick = kmeans_plusplus(x.double().cpu().numpy(), num_embeddings, random_state=seed)
+    _, pick = kmeans_plusplus(x.double().cpu().numpy(), num_embeddings, random_state=int(torch.randint(2**31, ())))
     return x[torch.as_tensor(pick, device=x.device)]
 
 INITIALIZERS = {"uniform": init_uniform, "data": init_data, "kmeans++": init_kmeans_plus_plus}
@@ -134,7 +132,7 @@ def check_finite(x: Tensor) -> None:
     "Raise a `BavqError` where a latent of x [N, D] is NaN or infinite. Waits for the device."
     require(bool(x.isfinite().all()), "latents hold NaN or infinite values: look at the learning rate, the loss and the images before this step")
 
-# %% ../nbs/05_quantizer.ipynb #80bdfbf6
+# %% ../nbs/05_quantizer.ipynb #917fe487
 class Quantizer(nn.Module):
     "Nearest code of K, one of two gradients, codes set from the first training batch. Subclasses say how codes are kept and learned."
     def __init__(self,
@@ -163,11 +161,9 @@ class Quantizer(nn.Module):
     def update(self, x: Tensor, index: Tensor) -> None: "Learn from latents [N, D] and their indices [N]; nothing, where codes learn by gradient."
     def anneal(self, progress: float) -> None: "Say how far training is, 0 to 1; nothing, where there is nothing to anneal."
     def report(self) -> dict[str, Tensor]: return {}  # more metrics
-
     def forward(self, z: Tensor) -> Quantized: return quantize(self, z)
     def encode(self, z: Tensor) -> Tensor: return encode(self, z)
     def decode(self, indices: Tensor) -> Tensor: return decode(self, indices)
-
     def extra_repr(self): return f"K={self.num_embeddings}, D={self.embedding_dim}, distance={self.distance}, gradient={self.gradient}"
     def _load_from_state_dict(self, *args):
         super()._load_from_state_dict(*args)
@@ -199,18 +195,22 @@ def encode(
         if x.device.type != "cpu": check_finite(x)
         return from_rows(nearest_code(x, q.codebook), z.shape)
 
-# %% ../nbs/05_quantizer.ipynb #18110dac
+# %% ../nbs/05_quantizer.ipynb #4dbdbb2a
 def decode(
     q: Quantizer,     # any quantizer with a codebook
     indices: Tensor,  # [B, H, W] or [N], integers from 0 to K-1
 ) -> Tensor:              # codes [B, D, H, W] or [N, D]
     "The codes that indices stand for."
+    check_indices(indices, q.num_embeddings)
+    e = F.embedding(indices.long(), q.codebook)
+    return e if e.dim() == 2 else e.permute(0, 3, 1, 2).contiguous()
+
+def check_indices(indices: Tensor, num_embeddings: int) -> None:
+    "Raise a `BavqError` unless indices are integers [B, H, W] or [N] from 0 to K-1. Waits for the device."
     require(not indices.is_floating_point() and indices.dtype != torch.bool, f"indices are {indices.dtype}: give integers")
     require(indices.dim() in (1, 3), f"indices have shape {tuple(indices.shape)}: give [B, H, W] or [N]")
     low, high = (int(v) for v in indices.aminmax()) if indices.numel() else (0, 0)
-    require(0 <= low and high < q.num_embeddings, f"indices run from {low} to {high}: give 0 to {q.num_embeddings - 1}")
-    e = F.embedding(indices.long(), q.codebook)
-    return e if e.dim() == 2 else e.permute(0, 3, 1, 2).contiguous()
+    require(0 <= low and high < num_embeddings, f"indices run from {low} to {high}: give 0 to {num_embeddings - 1}")
 
 # %% ../nbs/05_quantizer.ipynb #20fc5bb2
 def quantize(
@@ -230,7 +230,7 @@ def quantize(
                        usage_rate=compute_usage_rate(counts), **q.report())
         return Quantized(from_rows(z_q, z.shape), losses, metrics)
 
-# %% ../nbs/05_quantizer.ipynb #49504e94
+# %% ../nbs/05_quantizer.ipynb #157c59b8
 @torch.no_grad()
 def initialise(
     q: Quantizer,  # a quantizer that has not seen data
@@ -239,17 +239,14 @@ def initialise(
     "Set the codes from the first training batch, the same ones on every process."
     check_finite(x)
     q.set_codes(from_first(q.prepare(INITIALIZERS[q.init](gather_rows(x), q.num_embeddings)).contiguous()))
-    q.initialised.fill_(True)
-    q._ready = True
+    q.initialised.fill_(True); q._ready = True
 
-# %% ../nbs/05_quantizer.ipynb #e1e8d85e
+# %% ../nbs/05_quantizer.ipynb #bca37685
 QUANTIZERS: dict[str, Callable] = {}
 
 def register_quantizer(name: str):
     "Class decorator: users, configurations and comparisons find the quantizer by this name."
-    def add(cls):
-        QUANTIZERS[name] = cls
-        return cls
+    def add(cls): QUANTIZERS[name] = cls; return cls
     return add
 
 # %% ../nbs/05_quantizer.ipynb #e03544f8
@@ -344,21 +341,21 @@ def _rule_anneal(q, z):
 
 RULES = (_rule_shapes, _rule_gradient, _rule_round_trip, _rule_batch_mates, _rule_eval_keeps_state, _rule_state_dict, _rule_precision, _rule_no_wait, _rule_anneal)
 
-# %% ../nbs/05_quantizer.ipynb #50fc594e
+# %% ../nbs/05_quantizer.ipynb #d8ad09d4
 def check_quantizer(
     q: nn.Module,  # any quantizer; a copy of it is tried
 ) -> list[str]:        # the rules, all of them kept
     "Run the contract; a `BavqError` says which rule is broken and what to do."
-    missing = [n for n in ("encode", "decode", "codebook", "num_embeddings", "embedding_dim", "anneal") if not hasattr(q, n)]
+    missing = [n for n in ("encode", "decode", "codebook", "num_embeddings", "embedding_dim", "anneal") if n not in dir(q)]
     require(not missing, f"{type(q).__name__} lacks {', '.join(missing)}: see the contract in 05_quantizer")
     q = copy.deepcopy(q)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        z = torch.randn(4, q.embedding_dim, 6, 5, device=q.codebook.device)
+        z = torch.randn(4, q.embedding_dim, 6, 5, device=next(iter(q.state_dict().values()), torch.empty(0)).device)
         for rule in RULES: rule(q, z)
     return [rule.__doc__ for rule in RULES]
 
-# %% ../nbs/05_quantizer.ipynb #abf4f825
+# %% ../nbs/05_quantizer.ipynb #109c7d30
 def fit_codebook(
     q: nn.Module,            # trained in place
     x: Tensor,               # latents [N, D]
@@ -372,11 +369,12 @@ def fit_codebook(
     opt = torch.optim.Adam(q.parameters(), lr) if list(q.parameters()) else None
     for step in range(steps):
         q.anneal(step / steps)
-        losses = q.train()(x[torch.randint(len(x), (batch_size,), generator=order).to(x.device)]).losses
-        if opt: opt.zero_grad(); sum(losses.values()).backward(); opt.step()
+        batch = x[torch.randint(len(x), (batch_size,), generator=order).to(x.device)]
+        z_q, losses, _ = q.train()(batch)
+        if opt: opt.zero_grad(); (F.mse_loss(z_q, batch) + sum(losses.values())).backward(); opt.step()
     return q.eval()
 
-# %% ../nbs/05_quantizer.ipynb #e4c905ef
+# %% ../nbs/05_quantizer.ipynb #7a3585fa
 def show_quantizer(
     q: nn.Module,    # a quantizer of 2-D latents; a copy of it is trained
     name: str = "",  # its registered name, for the colour
@@ -390,5 +388,6 @@ def show_quantizer(
     counts, mse = code_counts(index, q.num_embeddings), (x - q.decode(index)).square().sum(1).mean()
     fig, (left, right) = figure(1, 2, width=3.3, height=2.9)
     plot_codes(x[:300], q.codebook.detach(), usage=counts, ax=left, color=color, title=f"squared error {mse:.3f}")
+    if not torch.equal(index, nearest_code(x, q.codebook)): left.collections[0].remove()  # the cells drawn are not its own
     plot_usage(counts, ax=right, color=color)
     right.set_title(f"{int((counts > 0).sum())} of {q.num_embeddings} codes used, perplexity {compute_perplexity(counts):.1f}", loc="left", fontsize="medium")

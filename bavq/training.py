@@ -17,10 +17,10 @@ from .quantizer import make_quantizer
 from .vqvae import VQVAE
 
 # %% auto #0
-__all__ = ['build_model', 'train_epoch', 'loss_terms', 'add', 'averages', 'step_schedule', 'validate', 'epoch_line',
-           'make_accelerator', 'Training', 'prepare', 'save_checkpoint', 'checkpoints', 'read_weights',
+__all__ = ['build_model', 'train_epoch', 'loss_terms', 'add', 'averages', 'step_schedule', 'cooled_rate', 'validate',
+           'epoch_line', 'make_accelerator', 'Training', 'prepare', 'save_checkpoint', 'checkpoints', 'read_weights',
            'newest_checkpoint', 'read_json', 'read_history', 'write_history', 'require_same', 'check_folder', 'restore',
-           'fit', 'one_epoch', 'start_log', 'train', 'load_model']
+           'fit', 'on_step', 'one_epoch', 'start_log', 'train', 'load_model']
 
 # %% ../nbs/12_training.ipynb #4219c206
 def build_model(
@@ -90,6 +90,16 @@ def step_schedule(
         model.bottleneck = step >= warmup_steps
         model.anneal(max(0, step - warmup_steps) / max(1, steps - 1 - warmup_steps))
     return on_step
+
+# %% ../nbs/12_training.ipynb #1dfcc86d
+def cooled_rate(
+    lr: float,        # learning rate of the first steps
+    step: int,        # from 0
+    steps: int,       # of the whole training
+    cooldown: float,  # last part of them, in which the rate falls
+) -> float:
+    "The learning rate of a step: lr, and from the start of the cooldown along a line to 0."
+    return lr * min(1.0, (steps - step) / max(1.0, cooldown * steps))
 
 # %% ../nbs/12_training.ipynb #66baf53c
 @torch.no_grad()
@@ -260,12 +270,13 @@ def restore(
     set_rng_state(state["rng_state"])
     t.epoch, t.history = state["epoch"], read_history(folder)[:state["epoch"]]
 
-# %% ../nbs/12_training.ipynb #339f4a79
+# %% ../nbs/12_training.ipynb #a704ae35
 def fit(
     t: Training,            # prepared
     folder: str | Path,     # of the run
     resume: bool = False,   # go on with what is there
     progress: bool | str = True,  # bars and a line an epoch; "bars"; or nothing
+    on_epoch=None,          # called after each epoch, on every process
 ) -> dict[str, float]:
     "Train to the end and write the files of the run; returns the final metrics."
     from tqdm.auto import tqdm
@@ -281,6 +292,7 @@ def fit(
         log(entry)
         if progress is True and main: tqdm.write(epoch_line(entry, t.config.epochs))
         if main: write_history(t.history, folder)
+        if on_epoch: on_epoch()
         if main and (t.epoch % t.config.checkpoint_every == 0 or t.epoch == t.config.epochs): save_checkpoint(t, folder)
     if main: atomic_write(folder / "final_model.pt", lambda f: torch.save(t.model.state_dict(), f))
     final = {k: v for k, v in t.history[-1].items() if not k.startswith("train_") and k not in ("epoch", "seconds")}
@@ -289,7 +301,19 @@ def fit(
     t.accelerator.end_training()
     return final
 
-# %% ../nbs/12_training.ipynb #0da62e3e
+# %% ../nbs/12_training.ipynb #52a98148
+def on_step(
+    t: Training,  # about to train an epoch
+):
+    "A function of the epoch's step: sets bottleneck, annealing and learning rate."
+    c, before, steps = t.config, t.epoch * len(t.train_loader), t.config.epochs * len(t.train_loader)
+    schedule = step_schedule(t.model, steps, c.warmup_steps)
+    def at(step):
+        schedule(before + step)
+        for group in t.optimizer.param_groups: group["lr"] = cooled_rate(c.lr, before + step, steps, c.cooldown)
+    return at
+
+# %% ../nbs/12_training.ipynb #8f427b8e
 def one_epoch(
     t: Training,     # changed in place
     folder: Path,    # of the run, for the message
@@ -298,11 +322,10 @@ def one_epoch(
     "Train, validate, and add to the history; stops at the first epoch whose losses are not finite."
     from tqdm.auto import tqdm
     began, number, steps = time.perf_counter(), t.epoch + 1, len(t.train_loader)
-    schedule = step_schedule(t.model, t.config.epochs * steps, t.config.warmup_steps)
     bar = lambda loader: tqdm(loader, f"Epoch {number}/{t.config.epochs}", leave=False, disable=not (progress and t.accelerator.is_main_process))
     t.train_loader.set_epoch(t.epoch)
     try:
-        losses = train_epoch(t.net, t.train_loader, t.optimizer, lambda step: schedule(t.epoch * steps + step), t.config.clip_grad, t.accelerator, bar)
+        losses = train_epoch(t.net, t.train_loader, t.optimizer, on_step(t), t.config.clip_grad, t.accelerator, bar)
         require(math.isfinite(losses["loss"]), "the loss is not finite: give a smaller lr")
         entry = dict(epoch=number, **{f"train_{k}": v for k, v in losses.items()}, **validate(t.model, t.test_loader))
         require(math.isfinite(entry["loss"]), "the validation loss is not finite: give a smaller lr")

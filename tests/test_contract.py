@@ -1,0 +1,120 @@
+"""The contract of a quantizer (05_quantizer), for every registered one: random sizes, scales and seeds, in float32 and
+under bfloat16 autocast, for rows and for maps."""
+import contextlib
+import copy
+import importlib
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import bavq
+
+for path in sorted(Path(bavq.__file__).parent.glob("*.py")):  # whatever registers a quantizer
+    if re.search(r"^@register_quantizer\(", path.read_text(encoding="utf-8"), re.M): importlib.import_module(f"bavq.{path.stem}")
+
+from bavq.quantizer import QUANTIZERS, RULES, check_quantizer, make_quantizer
+
+PEER = importlib.util.find_spec("vector_quantize_pytorch") is not None
+NAMES = [n for n in sorted(QUANTIZERS) if PEER or not n.startswith("peer")]  # a wrapped library may not be installed
+OURS = [n for n in NAMES if not n.startswith("peer")]
+PRECISIONS = {"float32": contextlib.nullcontext, "bfloat16": lambda: torch.autocast("cpu", dtype=torch.bfloat16)}
+SHAPES = {"rows": lambda b, d, h, w: (b * h * w, d), "maps": lambda b, d, h, w: (b, d, h, w)}
+
+sizes = st.tuples(st.integers(1, 3), st.sampled_from([4, 8]), st.integers(1, 5), st.integers(1, 5))
+given_latents = given(size=sizes, K=st.sampled_from([16, 64]), scale=st.sampled_from([0.01, 1.0, 30.0]), seed=st.integers(0, 2**16))
+few = settings(max_examples=10, deadline=None, derandomize=True)
+every_quantizer = pytest.mark.parametrize("name", NAMES)
+every_precision = pytest.mark.parametrize("precision", PRECISIONS)
+every_shape = pytest.mark.parametrize("shape", SHAPES)
+
+
+def case(name, size, K, scale, seed, shape, precision, steps=2):
+    "A quantizer after a few training steps, and latents it has not seen."
+    torch.manual_seed(seed)
+    make = lambda: (scale * torch.randn(SHAPES[shape](*size))).to(torch.bfloat16 if precision == "bfloat16" else torch.float32)
+    q = make_quantizer(name, K, size[1]).train()
+    with PRECISIONS[precision]():
+        for step in range(steps): q.anneal(step / steps); q(make())
+    return q, make()
+
+
+def grid(z): return z.shape[:1] + z.shape[2:]
+
+
+@every_quantizer
+@every_precision
+@every_shape
+@few
+@given_latents
+def test_training_returns_what_it_promises(name, precision, shape, size, K, scale, seed):
+    q, z = case(name, size, K, scale, seed, shape, precision)
+    z.requires_grad_(True)
+    with PRECISIONS[precision](): z_q, losses, metrics = q(z)
+    assert z_q.shape == z.shape and z_q.dtype == torch.float32 and z_q.isfinite().all()
+    assert all(v.dim() == 0 and v.isfinite() for v in losses.values())
+    assert not any(v.requires_grad for v in metrics.values())
+    index = metrics["code_indices"]
+    assert index.dtype == torch.int64 and index.shape == grid(z) and 0 <= index.min() and index.max() < q.num_embeddings == K
+    assert 1 - 1e-6 <= metrics["perplexity"] <= min(K, index.numel()) + 1e-6
+    assert 0 < metrics["usage_rate"] <= 1
+    (z_q.sum() + sum(losses.values())).backward()
+    assert z.grad.isfinite().all()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in q.parameters())
+
+
+@every_quantizer
+@every_precision
+@every_shape
+@few
+@given_latents
+def test_evaluation_is_what_the_indices_say(name, precision, shape, size, K, scale, seed):
+    q, z = case(name, size, K, scale, seed, shape, precision)
+    before = copy.deepcopy(q.eval().state_dict())
+    with PRECISIONS[precision](): z_q, _, metrics = q(z); index = q.encode(z); decoded = q.decode(index)
+    assert torch.equal(z_q, decoded), "forward(z).z_q is not decode(encode(z))"
+    assert torch.equal(metrics["code_indices"], index)
+    assert torch.equal(q.decode(index), decoded) and torch.equal(q.encode(z.float()), index), "autocast changes the result"
+    assert torch.equal(q.codebook[index.flatten()], q.decode(index.flatten())), "decode does not read the codebook"
+    assert all(torch.equal(v, before[k]) for k, v in q.state_dict().items()), "evaluation changes state"
+
+
+@pytest.mark.parametrize("name", OURS)  # a library that starts with the same code twice leaves the choice to rounding
+@every_shape
+@few
+@given_latents
+def test_an_index_is_its_latent_s_own(name, shape, size, K, scale, seed):
+    "Neither batch mates nor their order change it, and a map is its rows."
+    q, z = case(name, size, K, scale, seed, shape, "float32")
+    index = q.eval().encode(z)
+    assert torch.equal(torch.cat([q.encode(v[None]) for v in z]), index)
+    assert torch.equal(q.encode(z.flip(0)), index.flip(0))
+    if shape == "maps": assert torch.equal(q.encode(z.movedim(1, -1).reshape(-1, size[1])), index.flatten())
+
+
+@every_quantizer
+@few
+@given_latents
+def test_a_copy_from_state_dict_goes_on_alike(name, size, K, scale, seed):
+    q, z = case(name, size, K, scale, seed, "maps", "float32")
+    twin = make_quantizer(name, K, size[1]).train()
+    twin.load_state_dict(q.state_dict())
+    out = []
+    for one in (q, twin): torch.manual_seed(seed); one(z); out.append(one.eval().encode(z))
+    assert torch.equal(*out) and torch.equal(q.codebook, twin.codebook)
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_check_quantizer_accepts_it(name):
+    assert len(check_quantizer(make_quantizer(name, 16, 8))) == len(RULES)
+
+
+@pytest.mark.parametrize("base", OURS)
+@pytest.mark.parametrize("name", ["product", "residual"])
+def test_composites_of_everything(name, base):
+    "Options come as text, as the command line gives them."
+    check_quantizer(make_quantizer(name, 64, 8, base=base, **{"product": dict(groups="2"), "residual": dict(levels="8,8", dropout="0.5")}[name]))
