@@ -18,7 +18,8 @@ from .vq_ema import EMACodebook, sample_rows
 
 # %% auto #0
 __all__ = ['MARGINALS', 'constant', 'geometric', 'cosine', 'as_schedule', 'SpecifiedBAQuantizer', 'iterate', 'soft_codes',
-           'blend', 'posterior', 'soft_statistics', 'exponent', 'log_share', 'revive', 'BAQuantizer', 'soft_em_step']
+           'blend', 'posterior', 'soft_statistics', 'exponent', 'log_share', 'next_potentials', 'revive', 'BAQuantizer',
+           'soft_em_step']
 
 # %% ../nbs/07_ba_vq.ipynb #42dc0c0e
 def constant(
@@ -137,16 +138,15 @@ def soft_statistics(
         counts += P.sum(0); sums.addmm_(P.T, rows)
     return all_reduce(counts), all_reduce(sums)
 
-# %% ../nbs/07_ba_vq.ipynb #5ae6871e
-MARGINALS = dict(free=lambda decay: 1.0, uniform=lambda decay: 0.0, balanced=lambda decay: -0.5 / (1 - decay))
+# %% ../nbs/07_ba_vq.ipynb #96eefda2
+MARGINALS = dict(free=1.0, uniform=0.0, balanced=-math.inf)
 
 def exponent(
-    marginal,      # free, uniform, balanced, or a number
-    decay: float,  # γ of the running shares
+    marginal,  # free, uniform, balanced, or a number
 ) -> float:
-    "The weight a of log Q: 1 (Blahut–Arimoto), 0, half of the lowest that is stable, or what is given."
-    a = choose(marginal, MARGINALS, "marginal")(decay) if isinstance(marginal, str) else float(marginal)
-    require(-1 / (1 - decay) <= a <= 1, f"marginal is {marginal}: give free, uniform, balanced, or a number from {-1 / (1 - decay):.4g} to 1")
+    "The weight a of log Q: 1 (Blahut–Arimoto), 0, -∞, or what is given."
+    a = choose(marginal, MARGINALS, "marginal") if isinstance(marginal, str) else float(marginal)
+    require(a <= 1, f"marginal is {marginal}: give free, uniform, balanced, or a number up to 1")
     return a
 
 def log_share(
@@ -155,20 +155,32 @@ def log_share(
     "log(K·Q): 0 for a code with exactly its fair share."
     return (counts / counts.mean()).clamp_min(1e-10).log()
 
-# %% ../nbs/07_ba_vq.ipynb #30f74348
+def next_potentials(
+    nu: Tensor,       # potentials [K]
+    counts: Tensor,   # Σ P(k|z) of this batch [K]
+    average: Tensor,  # its running mean [K]
+    a: float,         # weight of log Q
+) -> Tensor:              # [K], of mean 0 for a < 0
+    "One move of the potentials, which come to rest where ν = a·log(K·Q) (but for the 0.1 lent)."
+    if a >= 0: return a * log_share(average)
+    moved = nu * (1 - 1 / (1 - 2 * a)) - 1 / (2 - 1 / a) * log_share(counts + 0.1)
+    return moved - moved.mean()
+
+# %% ../nbs/07_ba_vq.ipynb #1e66d54d
 def revive(
     q,          # a BAQuantizer, changed in place
     x: Tensor,  # latents [N, D]
 ) -> None:
-    "Move codes that are hardly ever nearest to latents of the batch: code, count, sum and wins together."
+    "Move codes that are hardly ever nearest to latents of the batch: code, count, sum, wins and potential together."
     book, fair = q.book, q.book.counts.mean()
     dead, rows = q.wins < q.revive_below * q.wins.mean(), sample_rows(x, len(q.wins))
     book.codes.copy_(torch.where(dead[:, None], rows, book.codes))
     book.counts.copy_(torch.where(dead, fair, book.counts))
     book.sums.copy_(torch.where(dead[:, None], rows * fair, book.sums))
     q.wins.copy_(torch.where(dead, q.wins.mean(), q.wins))
+    q.potentials.copy_(torch.where(dead, q.potentials.mean(), q.potentials))
 
-# %% ../nbs/07_ba_vq.ipynb #8f8420bc
+# %% ../nbs/07_ba_vq.ipynb #0ddb74be
 @register_quantizer("ba_vq")
 class BAQuantizer(Quantizer):
     "Hard nearest codes to the decoder; a codebook learned by soft EM under a marginal that runs from Blahut–Arimoto to balanced."
@@ -186,31 +198,32 @@ class BAQuantizer(Quantizer):
         super().__init__(num_embeddings, embedding_dim, commitment_cost, "kmeans++", distance, gradient)
         self.schedule = as_schedule(beta)
         self.book = EMACodebook(self.prepare(init_uniform(torch.empty(1, embedding_dim), num_embeddings)), decay)
-        self.exponent = exponent(marginal, decay)
+        self.exponent = exponent(marginal)
+        self.register_buffer("potentials", torch.zeros(num_embeddings))
         self.register_buffer("wins", torch.ones(num_embeddings))
         self.register_buffer("beta", torch.tensor(float(self.schedule(0.0))))
         self.register_buffer("d_ref", torch.zeros(()))
 
     @property
     def codebook(self): return self.prepare(self.book.codes)
-    @property
-    def potentials(self): return self.exponent * log_share(self.book.counts)
     def set_codes(self, codes): self.book.set(codes)
     def anneal(self, progress): self.beta.fill_(self.schedule(progress))
     def report(self): return dict(beta=self.beta.clone())
     def update(self, x, index): soft_em_step(self, x, index)
 
-# %% ../nbs/07_ba_vq.ipynb #9f088ccf
+# %% ../nbs/07_ba_vq.ipynb #942f25b5
 @torch.no_grad()
 def soft_em_step(
     q: BAQuantizer,  # changed in place
     x: Tensor,       # latents [N, D]
     index: Tensor,   # their nearest codes [N]
 ) -> None:
-    "One step of error scale, wins, soft counts and sums, codes, and revival."
+    "One step of error scale, wins, soft counts and sums, codes, potentials, and revival."
     wins, total = all_reduce(code_counts(index, q.num_embeddings).to(x.dtype)), x.new_tensor(float(len(x)))
     error = torch.div(*all_reduce(torch.stack([(x - q.codebook[index]).square().sum(), total])))
     q.d_ref.copy_(torch.where(q.d_ref > 0, q.d_ref.lerp(error, 1 - q.book.decay), error))
     q.wins.lerp_(wins, 1 - q.book.decay)
-    q.book.absorb(*soft_statistics(x, q.codebook, q.potentials, q.beta / q.d_ref.clamp_min(1e-20)))
+    counts, sums = soft_statistics(x, q.codebook, q.potentials, q.beta / q.d_ref.clamp_min(1e-20))
+    q.book.absorb(counts, sums)
+    q.potentials.copy_(next_potentials(q.potentials, counts, q.book.counts, q.exponent))
     if q.exponent <= 0 and q.revive_below > 0: revive(q, x)

@@ -106,14 +106,21 @@ class ImageScores:
     def compute(self) -> dict[str, float]:
         return self.meter.compute() | {k: v.mean().item() for k, v in self.images().items() if k != "psnr"}
 
-# %% ../nbs/15_evaluation.ipynb #03e25767
+# %% ../nbs/15_evaluation.ipynb #58ef8e00
 def entropy_given(
     a: Tensor,  # indices [N]
     b: Tensor,  # indices [N], the codes to be told
 ) -> float:
     "H(b | a) in bits, from counts."
-    entropy = lambda v: compute_entropy_bits(v.unique(return_counts=True)[1]).item()
-    return entropy(a.long() * (int(b.max()) + 1) + b) - entropy(a)
+    return _entropy(a.long() * (int(b.max()) + 1) + b) - _entropy(a)
+
+def _entropy(v):
+    values = counts = v.new_zeros(0, dtype=torch.long)
+    for part in v.split(2**18):   # a part at a time: sorting millions of numbers at once takes many copies of them
+        new, n = part.unique(return_counts=True)
+        values, at = torch.cat([values, new]).unique(return_inverse=True)
+        counts = torch.zeros_like(values).index_add_(0, at, torch.cat([counts, n]))
+    return compute_entropy_bits(counts).item()
 
 def neighbour_entropies(
     grids: Tensor,  # indices [..., h, w]
@@ -126,7 +133,7 @@ def neighbour_entropies(
         pairs["random"] = a, b[torch.randperm(len(b), generator=torch.Generator().manual_seed(0))]
     return {f"entropy_given_{k}": entropy_given(a, b) for k, (a, b) in pairs.items()}
 
-# %% ../nbs/15_evaluation.ipynb #eefda933
+# %% ../nbs/15_evaluation.ipynb #61d13f43
 def code_scores(
     indices: Tensor,      # [B, …, h, w] grids, or [B] single codes
     num_embeddings: int,  # K
@@ -134,7 +141,7 @@ def code_scores(
 ) -> dict[str, float]:
     "Use and rate of the codes, from the indices alone."
     meter = CodeMeter(num_embeddings, pixels)
-    meter.update(indices)
+    for part in indices.split(1024): meter.update(part)
     scores = meter.compute()
     scores["perplexity_corrected"] = scores["perplexity"] * math.exp((num_embeddings - scores["dead_codes"] - 1) / (2 * indices.numel()))
     return scores | (neighbour_entropies(indices.cpu()) if indices.dim() > 2 else {})
@@ -225,7 +232,7 @@ class SoftScores:
         soft, hard = (m.compute()["psnr"] for m in self.meters)
         return dict(soft_psnr=soft, soft_hard_gap=soft - hard)
 
-# %% ../nbs/15_evaluation.ipynb #4d03e29d
+# %% ../nbs/15_evaluation.ipynb #b912b76e
 class FeatureScores:
     "Observer through the eyes of a network: Fréchet distance and, from logits, Inception Score."
     def __init__(self, name: str, see: nn.Module):   # `see`: images in [-1, 1] to (features [B, F], logits [B, C] or None)
@@ -246,7 +253,7 @@ class FeatureScores:
         if self.fid is None: self.start(real.shape[1], seen[0][1] is not None)
         self.fid.update(real, real=True); self.fid.update(fake, real=False)
         logits = torch.cat([l for _, l in seen])[len(b.x):].cpu() if self.parts else None
-        for i, part in enumerate(self.parts): part.update(logits[(i - self.n) % 10::10])
+        for i, part in enumerate(self.parts): part.update(logits[(i - self.n) % 10::10].clone())
         self.n += len(b.x)
 
     def compute(self) -> dict[str, float]:
