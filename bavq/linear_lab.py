@@ -292,7 +292,7 @@ def load_study(folder: str | Path, name: str) -> pd.DataFrame:
     require(path.is_file(), f"there is no record {path}: run the studies into that folder first")
     return pd.DataFrame(json.loads(path.read_text())["rows"])
 
-# %% ../nbs/18_linear_lab.ipynb #4d1700f4
+# %% ../nbs/18_linear_lab.ipynb #ace77302
 def by_seed(df: pd.DataFrame, column: str = "mse") -> pd.Series:
     "One column of a method's runs, indexed by seed."
     return df.set_index("seed")[column]
@@ -305,6 +305,7 @@ def summary(
     "Mean and half-width of the error and of the entropy in percent; difference to the baseline in percent, low and high."
     rows = {}
     for key, g in df.fillna({"start": "pca"}).groupby(by, sort=False):
+        key = key if len(by) > 1 else key[0]
         (mse, half), (use, use_half) = mean_interval(g.mse), mean_interval(100 * g.entropy)
         rows[key] = dict(n=len(g), mse=mse, half=half, entropy=use, entropy_half=use_half)
         if baseline is not None:
