@@ -38,7 +38,7 @@ def choose(
     require(name in table, f"unknown {what} {name!r}: choose one of {', '.join(sorted(table))}")
     return table[name]
 
-# %% ../nbs/00_core.ipynb #03ddd05e
+# %% ../nbs/00_core.ipynb #8d0353fb
 @dataclass(frozen=True)
 class RunConfig:
     "Everything that decides the outcome of one training run."
@@ -47,7 +47,8 @@ class RunConfig:
     data_root: str = ""           # where torchvision's data sets lie; empty: the user's cache
     train_size: int = 0           # train on a fixed subset of so many images; 0: on all
     image_size: int = 0           # side to which the images of a folder are brought; 0: as they are, or 32
-    quantizer: str = "ba_vq"      # a registered quantizer: vq, vq_ema, vq_ema_spec, ba_vq, ba_vq_spec
+    levels: int = 1               # of codes: 1, or 2 as in VQ-VAE-2
+    quantizer: str = "ba_vq"      # a registered quantizer: vq, vq_ema, ba_vq, product, residual, gumbel, fsq, …
     codebook_size: int = 512      # K, number of codes
     embedding_dim: int = 256      # D, dimension of a code
     options: dict[str, str] = field(default_factory=dict)  # more arguments of the quantizer, as name value pairs
@@ -65,7 +66,7 @@ class RunConfig:
     checkpoint_every: int = 10    # epochs between checkpoints
     wandb: bool = False           # log to Weights & Biases, project vq-codebook
 
-# %% ../nbs/00_core.ipynb #448f973a
+# %% ../nbs/00_core.ipynb #9a0ae7ea
 def check_config(
     c: RunConfig,  # what to check
 ) -> RunConfig:
@@ -77,6 +78,7 @@ def check_config(
     require(c.lr > 0, f"lr is {c.lr}: give a learning rate above 0, such as 3e-4")
     require(0 <= c.cooldown <= 1, f"cooldown is {c.cooldown}: give a part of the training from 0 to 1")
     require(c.clip_grad >= 0, f"clip_grad is {c.clip_grad}: give a norm above 0, or 0 for no clipping")
+    require(c.levels in (1, 2), f"levels is {c.levels}: give 1, or 2 for VQ-VAE-2")
     choose(c.precision, dict(no=0, bf16=0, fp16=0), "precision")
     require(c.name not in (".", "..") and not set(c.name) & set("/\\\0"), f"name is {c.name!r}: a run's name is one folder name, without / or \\")
     return c

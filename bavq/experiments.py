@@ -66,7 +66,7 @@ def run(
     if record: record_run(folder, record)
     return read_json(folder / "final_metrics.json")
 
-# %% ../nbs/13_experiments.ipynb #26fb4a2a
+# %% ../nbs/13_experiments.ipynb #5624d775
 def warmup_file(
     t,          # a `bavq.training.Training`
     out: Path,  # where the runs are
@@ -81,7 +81,7 @@ def keep_warmup(t, out: Path) -> None:
     import torch
     path = warmup_file(t, out)
     if not path or path.exists() or t.epoch * len(t.train_loader) != t.config.warmup_steps or not t.accelerator.is_main_process: return
-    networks = {k: v for k, v in t.model.state_dict().items() if not k.startswith("quantizer.")}
+    networks = {k: v for k, v in t.model.state_dict().items() if not k.startswith("quantizer")}
     state = dict(networks=networks, optimizer=t.optimizer.state_dict()["state"], history=t.history, rng_state=get_rng_state())
     atomic_write(path, lambda f: torch.save(state, f))
 

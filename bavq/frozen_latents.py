@@ -54,7 +54,7 @@ def latent_rd(
     scale = squared_distances(x.double(), codes.double()).amin(1).mean()
     return rd_curve(d, (torch.logspace(-1.5, 1.0, points, dtype=torch.float64) / scale).tolist(), iterations=200, tol=1e-3)
 
-# %% ../nbs/26_frozen_latents.ipynb #3296b297
+# %% ../nbs/26_frozen_latents.ipynb #c73c6e42
 LEARNERS = {   # name in tables: quantizer, options
     "vq": ("vq", {}), "vq_ema_spec": ("vq_ema_spec", {}), "vq_ema_data": ("vq_ema", dict(init="data", restart_below=0)),
     "vq_ema": ("vq_ema", {}), "ba_vq_free": ("ba_vq", dict(marginal="free")), "ba_vq_uniform": ("ba_vq", dict(marginal="uniform")), "ba_vq": ("ba_vq", {})}
@@ -81,7 +81,7 @@ def bench(
     restarts: int = 3,        # of k-means
 ) -> list[dict]:              # a row for each learner, k-means first
     "Every learner on the same latents in the same order, beside the best k-means."
-    rows = [dict(learner="kmeans", seconds=0.0, **_timed(lambda: outcome(kmeans_bound(x, num_embeddings, restarts, seed), held_out)))]
+    rows = [dict(learner="kmeans", **_timed(lambda: outcome(kmeans_bound(x, num_embeddings, restarts, seed), held_out)))]
     for name, (quantizer, options) in learners.items():
         set_seed(seed)
         q = make_quantizer(quantizer, num_embeddings, x.shape[1], **options)

@@ -110,16 +110,9 @@ def manual_gradients(
     one_hot[np.arange(len(x)), k] = 1
     return G_W, 2 * codebook_weight * (one_hot.sum(0)[:, None] * codes - one_hot.T @ z) / len(x)
 
-# %% ../nbs/18_linear_lab.ipynb #63bdf2c3
-def autograd_gradients(
-    W: np.ndarray,                 # [D, m]
-    codes: np.ndarray,             # [K, m]
-    x: np.ndarray,                 # a batch [B, D]
-    commitment: float = 0.25,      # β
-    codebook_weight: float = 1.0,  # α
-    estimate=straight_through,     # how a gradient passes the codes; or `rotate`
-) -> tuple[np.ndarray, np.ndarray]:    # of W [D, m], of the codes [K, m]
-    "The same gradients by PyTorch; arrays share their memory with tensors, nothing is copied."
+# %% ../nbs/18_linear_lab.ipynb #35719aa1
+def autograd_gradients(W, codes, x, commitment=0.25, codebook_weight=1.0, estimate=straight_through):
+    "What `manual_gradients` gives, by PyTorch, for any estimator; arrays lend their memory to tensors, nothing is copied."
     x, W, codes = torch.from_numpy(x), *(torch.from_numpy(a).requires_grad_() for a in (W, codes))
     z = x @ W
     q = codes[nearest_code(z, codes)]
@@ -157,13 +150,9 @@ def random_axes(x, s): return polar(np.random.default_rng(s.seed).normal(size=(x
 
 STARTS = dict(random=random_axes, pca=principal_axes)
 
-# %% ../nbs/18_linear_lab.ipynb #29c62e69
-def begin(
-    x: np.ndarray,  # samples [N, D]
-    K: int,         # number of codes
-    s: Lab,         # settings
-):                      # W [D, m], codes [K, m], and the batches [B, D] in their order
-    "Where every method starts, and what it sees."
+# %% ../nbs/18_linear_lab.ipynb #5ad10fbd
+def begin(x: np.ndarray, K: int, s: Lab):
+    "Where every method starts, and what it sees: W [D, m], codes [K, m], and the batches [B, D] in their order."
     W, rng = choose(s.start, STARTS, "start")(x, s), np.random.default_rng(s.seed)
     codes, _ = kmeans_plusplus(x @ W, K, random_state=s.seed)
     return W, codes.copy(), (x[rng.integers(len(x), size=s.batch_size)] for _ in range(s.steps))
@@ -313,8 +302,8 @@ def summary(
             rows[key] |= {k: 100 * d[k] / baseline.mse.mean() for k in ("diff", "low", "high")}
     return pd.DataFrame(rows).T.rename_axis(index=by)
 
-# %% ../nbs/18_linear_lab.ipynb #caecea31
-LABELS = dict(lloyd_best="PCA + Lloyd, best of 10", pca_lloyd="PCA + Lloyd", ste_autograd="STE by autograd", ste_manual="STE by hand", rotation="rotation by autograd", pca="from PCA", random="from random")
+# %% ../nbs/18_linear_lab.ipynb #b2aa927d
+LABELS = dict(lloyd_best="PCA + Lloyd, best of 10", pca_lloyd="PCA + Lloyd", ste_autograd="STE by autograd", ste_manual="STE by hand", rotation="rotation")
 _STYLES = dict(lloyd_best="bound", pca_lloyd="kmeans", ste_manual="vq", ste_autograd="vq")
 
 def look(method: str) -> tuple[str, str, str]:
@@ -326,26 +315,33 @@ def look(method: str) -> tuple[str, str, str]:
 def figure_differences(
     df: pd.DataFrame,   # of `load_study`
     panels: list[str],  # what tells panels apart
-    rows: list[str],    # what tells rows apart
+    rows: str,          # what tells rows apart; two starts share a row, the random one hollow
     baseline: str,      # a query: the runs of a panel that the others are compared with
 ):
     "Difference in error to the baseline in percent: seeds as dots, mean and interval; returns the figure."
     from bavq.plots import figure
-    parts = list(df.fillna({"start": ""}).groupby(panels, sort=False))
-    n = parts[0][1].groupby(rows).ngroups
-    fig, axes = figure(1, len(parts), width=3.6 / len(parts) + 1.6, height=0.6 + 0.2 * n)
+    parts = list(df.fillna({"start": "pca"}).groupby(panels, sort=False))
+    names = list(df[rows].unique())
+    fig, axes = figure(1, len(parts), width=3.6 / len(parts) + 1.5, height=0.7 + 0.26 * len(names))
     for ax, (panel, g) in zip(np.atleast_1d(axes), parts):
-        base, names = by_seed(g.query(baseline)), []
-        for i, (key, runs) in enumerate(g.groupby(rows, sort=False)):
-            d = 100 * (by_seed(runs) - base) / base.mean()
-            (mean, half), (_, color, marker) = mean_interval(d), look(runs.method.iloc[0])
-            ax.plot(d, np.full(len(d), i), ".", color=color, alpha=0.35, markersize=4)
-            ax.errorbar(mean, i + 0.25, xerr=half, fmt="|", color=color, capsize=2)
-            names.append(", ".join(look(k)[0] if isinstance(k, str) else f"{rows[0]} {k:g}" for k in key if k != ""))
-        ax.axvline(0, color="0.3", linewidth=0.8); ax.set_yticks(range(n), names if ax is np.atleast_1d(axes)[0] else [""] * n); ax.invert_yaxis()
+        base = by_seed(g.query(baseline))
+        for (row, start), runs in g.groupby([rows, "start"], sort=False):
+            d, color = 100 * (by_seed(runs) - base) / base.mean(), look(runs.method.iloc[0])[1]
+            (mean, half), y, face = mean_interval(d), names.index(row) + (0.22 if start == "pca" else -0.22), color if start == "pca" else "white"
+            ax.plot(d, np.full(len(d), y), "o", color=color, markerfacecolor=face, markersize=2, markeredgewidth=0.5)
+            ax.errorbar(mean, y, xerr=half, fmt="|", color=color, capsize=2)
+        ax.axvline(0, color="0.3", linewidth=0.8); ax.invert_yaxis(); _percent_axis(ax)
+        ax.set_yticks(range(len(names)), [look(n)[0] if isinstance(n, str) else f"{rows} {n:g}" for n in names] if ax is np.atleast_1d(axes)[0] else [""] * len(names))
         ax.set_title(", ".join(look(k)[0] if isinstance(k, str) else f"{name} = {k}" for name, k in zip(panels, panel)), fontsize="medium")
     fig.supxlabel("difference in squared error to the baseline [%]", fontsize="medium")
     return fig
+
+def _percent_axis(ax):
+    "Linear up to one percent, logarithmic beyond."
+    ax.set_xscale("symlog", linthresh=1)
+    low, high = ax.get_xlim()
+    ticks = [t for t in (-10, -5, -2, -1, 0, 1, 2, 5, 10, 20, 50) if low <= t <= high]
+    ax.set_xticks(ticks, ticks); ax.minorticks_off()
 
 # %% ../nbs/18_linear_lab.ipynb #3f56f38f
 def figure_convergence(df: pd.DataFrame):
@@ -364,14 +360,18 @@ def figure_convergence(df: pd.DataFrame):
     axes[0].set_ylabel("error above the best\nof 10 Lloyd runs [%]"); axes[1].legend(fontsize="small")
     return fig
 
-# %% ../nbs/18_linear_lab.ipynb #27a4cea2
-_LLOYD = (["K"], ["method", "start"], "method == 'pca_lloyd'")
-FIGURES = dict(ranking=lambda df: figure_differences(df, *_LLOYD), sizes=lambda df: figure_differences(df, *_LLOYD), convergence=figure_convergence,
-               commitment=lambda df: figure_differences(df, ["method", "steps"], ["commitment"], "commitment == 0.25"))
+# %% ../nbs/18_linear_lab.ipynb #8f273b17
+def _against_lloyd(df): return figure_differences(df, ["K"], "method", "method == 'pca_lloyd'")
+FIGURES = dict(ranking=_against_lloyd, sizes=_against_lloyd, convergence=figure_convergence,
+               commitment=partial(figure_differences, panels=["method", "steps"], rows="commitment", baseline="commitment == 0.25"))
 
 def draw(figure, df, path):
-    "Draw runs and save the figure as PNG."
-    return atomic_write(path, lambda f: figure(df).savefig(f, format="png", dpi=120))
+    "Draw runs, save the figure as PNG, and close it."
+    from bavq.plots import plt
+    fig = figure(df)
+    atomic_write(path, lambda f: fig.savefig(f, format="png", dpi=120))
+    plt.close(fig)
+    return path
 
 # %% ../nbs/18_linear_lab.ipynb #902671d2
 def lab_studies(

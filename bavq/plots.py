@@ -22,7 +22,7 @@ __all__ = ['METHODS', 'COLORS', 'METHOD_LABELS', 'STYLE', 'MethodStyle', 'method
            'house_style', 'figure', 'show_images', 'show_rows', 'cell_borders', 'plot_codes', 'plot_usage', 'plot_rd',
            'plot_history', 'plot_paired']
 
-# %% ../nbs/01_plots.ipynb #0093d7aa
+# %% ../nbs/01_plots.ipynb #493cd354
 class MethodStyle(NamedTuple):
     "How a method is drawn."
     label: str      # as readers see it
@@ -38,14 +38,16 @@ METHODS = {
     "ba_vq": MethodStyle("BA-VQ", "#D55E00", "o", "-"),
     "ba_vq_free": MethodStyle("BA-VQ, free marginal", "#CC79A7", "D", "-."),
     "ba_vq_uniform": MethodStyle("BA-VQ, uniform marginal", "#009E73", "P", ":"),
+    "vq_ema_data": MethodStyle("VQ-EMA, no revival", "#440066", "<", "--"),
+    "peer_vq": MethodStyle("VectorQuantize (peer)", "#0000CC", "h", "-."),
     "kmeans": MethodStyle("k-means", "#661100", "*", "-."),
     "bound": MethodStyle("bound", "#000000", "", "-"),
 }
 COLORS = {name: s.color for name, s in METHODS.items()}
 METHOD_LABELS = {name: s.label for name, s in METHODS.items()}
 
-# %% ../nbs/01_plots.ipynb #42ed0845
-_SPARE_COLORS, _SPARE_MARKERS, _SPARE_LINES = ["#440066", "#0000CC", "#994433"], "<>hpd8", ["-", "--", "-.", ":"]
+# %% ../nbs/01_plots.ipynb #7ba5dbd7
+_SPARE_COLORS, _SPARE_MARKERS, _SPARE_LINES = ["#994433", "#A2CC8C", "#D2BABA"], ">pd8", ["-", "--", "-.", ":"]
 
 def method_style(
     name: str,  # a method, listed in `METHODS` or not
@@ -54,7 +56,7 @@ def method_style(
     if name in METHODS: return METHODS[name]
     n = zlib.crc32(name.encode())
     pick = lambda spare, d: spare[n // d % len(spare)]
-    return MethodStyle(name, pick(_SPARE_COLORS, 1), pick(_SPARE_MARKERS, 3), pick(_SPARE_LINES, 18))
+    return MethodStyle(name, pick(_SPARE_COLORS, 1), pick(_SPARE_MARKERS, 3), pick(_SPARE_LINES, 12))
 
 # %% ../nbs/01_plots.ipynb #cf1310cf
 def method_color(

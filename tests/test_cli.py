@@ -46,7 +46,7 @@ BAD = {
     "compare --seeds -1": "seeds is -1",
     "compare --jobs -1": "jobs is -1",
     "compare --epochs -1": "epochs is -1",
-    "evaluate": "folder",
+    "evaluate": "runs",
     "evaluate nowhere": "nowhere",
     "summarise nowhere": "there is no folder nowhere",
     "summarise .": "no finished run",
@@ -106,9 +106,10 @@ def test_a_run_from_start_to_summary(here, capsys):
     code, _, err = bavq(capsys, *train, "--resume", "--codebook-size", "16", "--no-wandb")
     assert code == 2 and "codebook_size 8, now 16" in err
     assert bavq(capsys, *train, "--resume", "--no_wandb")[0] == 0
-    code, out, _ = bavq(capsys, "evaluate", "experiments/one", "--write")
+    code, out, err = bavq(capsys, "evaluate", "experiments/one", "--judges", "", "--out", "judged")
+    assert code == 0, err
     final = json.loads(Path("experiments/one/final_metrics.json").read_text())
-    assert code == 0 and json.loads(Path("experiments/one/evaluation-images.json").read_text())["metrics"] == final
+    assert json.loads(Path("judged/evaluation.json").read_text())["runs"]["one"]["metrics"]["psnr"] == pytest.approx(final["psnr"], abs=1e-3)
     code, out, _ = bavq(capsys, "summarise")
     assert code == 0 and "vq_ema" in out and f"{final['psnr']:.2f}" in out
     with pytest.raises(ValueError): main([*train, "--debug"])
