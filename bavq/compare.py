@@ -11,8 +11,8 @@ from .core import RunConfig, atomic_write
 from .statistics import groups, holm, permutation_p
 
 # %% auto #0
-__all__ = ['STUDY_DATA', 'ARMS', 'ANSWER', 'cases', 'bar', 'verdict', 'answer_figure', 'answer_configs', 'name_arms',
-           'share_figure', 'compare_figure']
+__all__ = ['STUDY_DATA', 'ARMS', 'ANSWER', 'cases', 'bar', 'verdict', 'answer_figure', 'answer_configs', 'five_pairs',
+           'name_arms', 'share_figure', 'compare_figure']
 
 # %% ../nbs/20_compare.ipynb #95366c45
 def cases(
@@ -74,7 +74,7 @@ def answer_figure(
     if len(dims) > 1: fig.legend(*first[0].get_legend_handles_labels(), loc="outside lower center", ncol=3)
     return fig
 
-# %% ../nbs/20_compare.ipynb #4bfab51f
+# %% ../nbs/20_compare.ipynb #25b13673
 STUDY_DATA = ("photos", "fashion_mnist", "mnist", "cifar10-jpeg75")
 _STRONG = {"decay": "0.95"}
 ARMS = {   # short name: quantizer, options
@@ -92,6 +92,14 @@ def answer_configs(
     "Runs of the study of this page, seeds outermost."
     return [replace(ANSWER, data=d, codebook_size=K, embedding_dim=D, quantizer=ARMS[a][0], options=ARMS[a][1], seed=s)
             for s in seeds for d in data for D in embedding_dims for K in codebook_sizes for a in arms]
+
+def five_pairs(
+    runs: pd.DataFrame,  # of `load_results`, named by `name_arms`
+) -> pd.DataFrame:
+    "The runs of VQ-EMA and BA-VQ in the cases that have five seeds of each."
+    main = runs[runs["method"].isin(["vq_ema", "ba_vq"])]
+    pairs = main.groupby([*groups(runs), "seed"])["method"].transform("nunique") == 2
+    return main[pairs & (main[pairs].groupby(groups(runs))["seed"].transform("nunique") >= 5).reindex(main.index, fill_value=False)]
 
 def name_arms(
     runs: pd.DataFrame,  # of `load_results`

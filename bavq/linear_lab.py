@@ -237,34 +237,26 @@ def study_jobs(
         sizes=grid(method=("pca_lloyd",), K=SIZES) + grid(method=(*both, "vq_ema", "ba_vq"), K=SIZES, start=starts),
         commitment=grid(method=both, commitment=WEIGHTS) + grid(method=("ste_manual",), commitment=WEIGHTS, steps=(4 * steps,)))
 
-# %% ../nbs/18_linear_lab.ipynb #d9f2952e
+# %% ../nbs/18_linear_lab.ipynb #df325721
 TRAIN, TEST = 20_000, 50_000  # samples of a run
 
 @lru_cache(maxsize=4)
 def _samples(source, seed): return source.sample(TRAIN, 2 * seed), source.sample(TEST, 2 * seed + 1)
 
-def run_job(
-    job: dict,              # method, K and settings; fields of the source, if they differ
-    source: LowRankSource,  # where samples come from
-    seed: int,              # of samples, start and batches
-) -> dict:                      # the job, its result on the test samples, its curve
-    "Fit and measure once."
+def run_job(job: dict, source: LowRankSource, seed: int) -> dict:
+    "Fit and measure once: the job (method, K, settings, fields of the source that differ), its result on unseen samples, its curve."
     own = {f.name: job[f.name] for f in fields(LowRankSource) if f.name in job}
     x, test = _samples(replace(source, **own), seed)
     q = fit(x, **{k: v for k, v in job.items() if k not in own}, seed=seed)
     curve = dict(at=[h["step"] for h in q.history], curve=[round(h["mse"], 4) for h in q.history]) if job["steps"] >= 500 else {}
-    return job | dict(seed=seed) | {k: round(v, 7) for k, v in measure(q, test).items()} | curve
+    start = "pca" if "lloyd" in job["method"] else Lab.start
+    return dict(start=start) | job | dict(seed=seed) | {k: round(v, 7) for k, v in measure(q, test).items()} | curve
 
 def run_seed(seed, jobs, source): return [run_job(job, source, seed) for job in jobs]
 
-# %% ../nbs/18_linear_lab.ipynb #9a2cc8f9
-def map_seeds(
-    jobs: list[dict],       # of a study
-    seeds: int,             # how many
-    source: LowRankSource,  # where samples come from
-    workers: int = 0,       # processes; 0: one a core
-) -> list[dict]:
-    "All jobs with all seeds, a row each."
+# %% ../nbs/18_linear_lab.ipynb #83b7715c
+def map_seeds(jobs: list[dict], seeds: int, source: LowRankSource, workers: int = 0) -> list[dict]:
+    "All jobs with so many seeds, a row each, in so many processes (0: one a core)."
     require(seeds >= 1, f"seeds is {seeds}: give at least 1")
     workers, task = min(seeds, workers or cores()), partial(run_seed, jobs=jobs, source=source)
     if workers == 1: return sum(map(task, range(seeds)), [])
@@ -281,19 +273,15 @@ def load_study(folder: str | Path, name: str) -> pd.DataFrame:
     require(path.is_file(), f"there is no record {path}: run the studies into that folder first")
     return pd.DataFrame(json.loads(path.read_text())["rows"])
 
-# %% ../nbs/18_linear_lab.ipynb #ace77302
+# %% ../nbs/18_linear_lab.ipynb #16b3b611
 def by_seed(df: pd.DataFrame, column: str = "mse") -> pd.Series:
     "One column of a method's runs, indexed by seed."
     return df.set_index("seed")[column]
 
-def summary(
-    df: pd.DataFrame,             # of `load_study`
-    by: list[str],                # what tells the rows apart
-    baseline: pd.DataFrame | None = None,  # runs to compare with
-) -> pd.DataFrame:
-    "Mean and half-width of the error and of the entropy in percent; difference to the baseline in percent, low and high."
+def summary(df: pd.DataFrame, by: list[str], baseline: pd.DataFrame | None = None) -> pd.DataFrame:
+    "By columns: mean and half-width of error and entropy; difference to the baseline's runs, low and high, in percent of their error."
     rows = {}
-    for key, g in df.fillna({"start": "pca"}).groupby(by, sort=False):
+    for key, g in df.groupby(by, sort=False):
         key = key if len(by) > 1 else key[0]
         (mse, half), (use, use_half) = mean_interval(g.mse), mean_interval(100 * g.entropy)
         rows[key] = dict(n=len(g), mse=mse, half=half, entropy=use, entropy_half=use_half)
@@ -302,7 +290,7 @@ def summary(
             rows[key] |= {k: 100 * d[k] / baseline.mse.mean() for k in ("diff", "low", "high")}
     return pd.DataFrame(rows).T.rename_axis(index=by)
 
-# %% ../nbs/18_linear_lab.ipynb #b2aa927d
+# %% ../nbs/18_linear_lab.ipynb #5118fa21
 LABELS = dict(lloyd_best="PCA + Lloyd, best of 10", pca_lloyd="PCA + Lloyd", ste_autograd="STE by autograd", ste_manual="STE by hand", rotation="rotation")
 _STYLES = dict(lloyd_best="bound", pca_lloyd="kmeans", ste_manual="vq", ste_autograd="vq")
 
@@ -320,7 +308,7 @@ def figure_differences(
 ):
     "Difference in error to the baseline in percent: seeds as dots, mean and interval; returns the figure."
     from bavq.plots import figure
-    parts = list(df.fillna({"start": "pca"}).groupby(panels, sort=False))
+    parts = list(df.groupby(panels, sort=False))
     names = list(df[rows].unique())
     fig, axes = figure(1, len(parts), width=3.6 / len(parts) + 1.5, height=0.7 + 0.26 * len(names))
     for ax, (panel, g) in zip(np.atleast_1d(axes), parts):
@@ -337,24 +325,24 @@ def figure_differences(
     return fig
 
 def _percent_axis(ax):
-    "Linear up to one percent, logarithmic beyond."
-    ax.set_xscale("symlog", linthresh=1)
+    "Linear up to two percent, logarithmic beyond."
+    ax.set_xscale("symlog", linthresh=2, linscale=0.7)
     low, high = ax.get_xlim()
-    ticks = [t for t in (-10, -5, -2, -1, 0, 1, 2, 5, 10, 20, 50) if low <= t <= high]
+    ticks = [t for t in (-5, -2, -1, 0, 1, 2, 5, 10, 25, 50) if low <= t <= high]
     ax.set_xticks(ticks, ticks); ax.minorticks_off()
 
-# %% ../nbs/18_linear_lab.ipynb #3f56f38f
+# %% ../nbs/18_linear_lab.ipynb #08755a35
 def figure_convergence(df: pd.DataFrame):
     "Of the study of that name: error above that of the best of ten Lloyd runs, in percent, over the steps, a panel for each start; returns the figure."
     from bavq.plots import figure
-    fig, axes = figure(1, 2, width=3.5, height=2.8)
+    fig, axes = figure(1, 2, width=3.1, height=2.4)
     best = by_seed(df[df.method == "lloyd_best"], "curve").str[-1]
     excess = lambda g: 100 * (np.stack(by_seed(g, "curve")) / best[g.seed].to_numpy()[:, None] - 1).mean(0)
     for ax, start in zip(axes, ("random", "pca")):
-        for (method, steps), g in df[df.start == start].groupby(["method", "steps"], sort=False):
+        for (method, steps), g in df[(df.start == start) & ~df.method.str.contains("lloyd")].groupby(["method", "steps"], sort=False):
             label, color, marker = look(method)
             short = steps == df.steps.min()
-            ax.loglog(g["at"].iloc[0], excess(g), "-" if short else ":", color=color, marker=marker, markevery=4, label=label if short else None)
+            ax.loglog(g["at"].iloc[0], excess(g), "-" if short else ":", color=color, marker=marker, markevery=8, markersize=4, label=label if short else None)
         ax.axhline(excess(df[df.method == "pca_lloyd"])[0], color=look("pca_lloyd")[1], linestyle="-.", label=look("pca_lloyd")[0])
         ax.set(xlabel="steps", title=f"W starts {'at PCA' if start == 'pca' else 'at random'}")
     axes[0].set_ylabel("error above the best\nof 10 Lloyd runs [%]"); axes[1].legend(fontsize="small")
