@@ -108,7 +108,7 @@ def name_arms(
     short = {f"{q} {' '.join(f'{k}={v}' for k, v in sorted(o.items()))}".strip(): name for name, (q, o) in ARMS.items()}
     return runs.assign(method=[short.get(m, m) for m in runs["method"]])
 
-# %% ../nbs/20_compare.ipynb #07b8a644
+# %% ../nbs/20_compare.ipynb #44cbca8c
 def share_figure(
     runs: pd.DataFrame,  # of `load_results`, named by `name_arms`
 ):
@@ -120,7 +120,9 @@ def share_figure(
         for i, a in enumerate(reversed(arms)):
             g, style = runs[(runs["data"] == name) & (runs["method"] == a)], method_style(a)
             for ax, x in zip(column, (100 * g["perplexity"] / g["codebook_size"], g["psnr"])): ax.plot(x, [i] * len(x), style.marker, color=style.color, ms=4, alpha=0.8)
-        for ax in column: ax.set_yticks(range(len(arms)), [method_style(a).label for a in reversed(arms)] if ax in axes.reshape(2, -1)[:, 0] else [])
+        for ax in column:
+            ax.set_ylim(-0.6, len(arms) - 0.4)
+            ax.set_yticks(range(len(arms)), [method_style(a).label for a in reversed(arms)] if ax in axes.reshape(2, -1)[:, 0] else [])
         column[0].set(title=Path(name).name, xlabel="perplexity, % of K", xlim=(0, 100)); column[1].set_xlabel("PSNR [dB]")
     return fig
 

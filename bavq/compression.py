@@ -25,20 +25,18 @@ __all__ = ['STEPS', 'MARGIN', 'TABLE', 'CODINGS', 'MAGIC', 'VERSION', 'LIMIT', '
            'codes_check', 'tile_grid', 'read_header', 'to_tiles', 'from_tiles', 'check_parts', 'image_codes',
            'compress', 'read_codes', 'decompress', 'plan', 'load_parts', 'compress_folder', 'decompress_folder']
 
-# %% ../nbs/17_compression.ipynb #0aab8da1
+# %% ../nbs/17_compression.ipynb #b8dfd55e
 def coders():
     "The models and the queues of constriction, or a `BavqError` that says how to get it."
     try: import constriction
     except ImportError as e: raise BavqError(f"constriction cannot be imported ({e}): pip install 'constriction>=0.4'") from None
     return constriction.stream.model, constriction.stream.queue
 
-def symbols(
-    codes: Tensor,  # integers, of any shape
-) -> np.ndarray:        # one line of int32
-    "Codes as the coder takes them."
+def symbols(codes: Tensor) -> np.ndarray:
+    "Codes of any shape as the coder takes them: one line of int32."
     return np.ascontiguousarray(codes.cpu().flatten().numpy(), dtype=np.int32)
 
-# %% ../nbs/17_compression.ipynb #ef5684fa
+# %% ../nbs/17_compression.ipynb #9c1573d0
 STEPS, MARGIN = 32, 2.0**-28   # steps a nat; how far from an edge every logit must lie, in steps
 TABLE = np.maximum(1, np.round(2.0**24 * np.exp(-np.arange(17 * STEPS) / STEPS)))
 
@@ -50,22 +48,18 @@ def levels(
     whole = (logits * STEPS + shift / 256).floor()
     return (whole.amax(-1, keepdim=True) - whole).clamp_max(len(TABLE) - 1).long()
 
-def weights(
-    levels: Tensor,  # [..., K]
-) -> np.ndarray:         # [..., K], whole numbers up to 2^24 as floats
-    "Probabilities, not normalised: exp(-level / 32)."
+def weights(levels: Tensor) -> np.ndarray:
+    "Probabilities, not normalised: exp(-level / 32), in whole numbers up to 2^24, as floats."
     return TABLE[levels.numpy()]
 
-def safe_shift(
-    logits: Tensor,  # [..., K], in double precision
-) -> int:
-    "The first shift of the edges that keeps every logit away from them."
+def safe_shift(logits: Tensor) -> int:
+    "The first shift of the edges that keeps every logit, in double precision, away from them."
     for shift in range(256):
         part = (logits * STEPS + shift / 256) % 1
         if ((part > MARGIN) & (part < 1 - MARGIN)).all(): return shift
     raise BavqError("the logits of the prior cannot be rounded safely: are all its weights finite?")
 
-# %% ../nbs/17_compression.ipynb #0692b38f
+# %% ../nbs/17_compression.ipynb #e8893690
 def frequency_table(
     codes: Tensor,        # integers, of any shape
     num_embeddings: int,  # K
@@ -74,44 +68,30 @@ def frequency_table(
     logs = code_counts(codes, num_embeddings).cpu().double().log()
     return ((logs.max() - logs) * STEPS / 2).round().clamp_max(255).byte().numpy()
 
-def fixed_model(
-    num_embeddings: int,             # K
-    table: np.ndarray | None = None, # of `frequency_table`; None: all codes alike
-):
-    "What the coder takes where all codes have the same distribution."
+def fixed_model(num_embeddings: int, table: np.ndarray | None):
+    "What the coder takes where all codes have one distribution: that of a `frequency_table`, or None, all alike."
     M = coders()[0]
     return M.Uniform(num_embeddings) if table is None else M.Categorical(weights(2 * torch.from_numpy(table).long()), perfect=False)
 
-# %% ../nbs/17_compression.ipynb #120c1471
-def group_size(
-    prior: Prior,  # whose logits
-) -> int:              # grids
+# %% ../nbs/17_compression.ipynb #0324e250
+def group_size(prior: Prior) -> int:
     "Grids that are coded together: at most 256, and at most 2^22 logits."
     return max(1, min(256, 2**22 // (prior.length * prior.num_embeddings)))
 
 @torch.no_grad()
-def best_labels(
-    prior: Prior,     # one that knows classes, or none
-    indices: Tensor,  # [N, H, W]
-) -> Tensor | None:       # [N]; None: it knows none
-    "The class under which each grid is likeliest."
+def best_labels(prior: Prior, indices: Tensor) -> Tensor | None:
+    "The class [N] under which each grid is likeliest; None where the prior knows no classes."
     count = prior.condition.num_classes
     if not count: return None
     costs = lambda x: torch.stack([prior.nll(x, torch.full((len(x),), c, device=x.device)) for c in range(count)]).argmin(0)
     return torch.cat([costs(x) for x in indices.to(prior.embed.weight.device).split(256)]).cpu()
 
-def precise(
-    prior: Prior,  # any causal one
-) -> Prior:
+def precise(prior: Prior) -> Prior:
     "Its copy on the CPU in double precision."
     return deepcopy(prior).cpu().double().eval()
 
-def batches(
-    n: int,              # grids
-    size: int,           # at most so many at a time
-    cond: Tensor | None, # labels [n], or None
-):
-    "(rows, their labels) of each batch."
+def batches(n: int, size: int, cond: Tensor | None = None):
+    "(rows, their labels) of every batch of at most `size` of n grids."
     return [(s := slice(i, min(n, i + size)), None if cond is None else cond[s]) for i in range(0, n, size)]
 
 # %% ../nbs/17_compression.ipynb #2c3c2224
@@ -149,7 +129,7 @@ def read_group(
         indices.flatten(1)[:, t] = torch.from_numpy(decoder.decode(M.Categorical(perfect=False), weights(levels(logits, shift)))).long()
     return indices
 
-# %% ../nbs/17_compression.ipynb #a3f4341e
+# %% ../nbs/17_compression.ipynb #5577b8b6
 CODINGS = dict(uniform=0, marginal=1, prior=2)
 
 def encode_indices(
@@ -178,17 +158,17 @@ def decode_indices(
     batch_size: int = 64,          # grids that the prior sees at a time
 ) -> Tensor:                           # [N, H, W] int64
     "The grids, if the bytes are unchanged; with other bytes they may be any."
-    K, table = num_embeddings, np.frombuffer(data[:num_embeddings], np.uint8) if coding == "marginal" else None
+    K, table = num_embeddings, np.frombuffer(data[:num_embeddings], np.uint8).copy() if coding == "marginal" else None
     rest = data[K if coding == "marginal" else 0:]
     require(len(rest) % 4 == 0 and (table is None or len(table) == K), "the codes are not whole: the file is damaged")
     decoder, n = coders()[1].RangeDecoder(np.frombuffer(rest, "<u4").astype(np.uint32)), shape[0]
     try:
         if coding != "prior": return torch.from_numpy(decoder.decode(fixed_model(K, table), int(np.prod(shape)))).long().view(shape)
         double, size = precise(prior), group_size(prior)
-        return torch.cat([read_group(decoder, double, s.stop - s.start, batch_size) for s, _ in batches(n, size, None)])
+        return torch.cat([read_group(decoder, double, s.stop - s.start, batch_size) for s, _ in batches(n, size)])
     except AssertionError: raise BavqError("the codes cannot be read: the file is damaged") from None
 
-# %% ../nbs/17_compression.ipynb #ac062604
+# %% ../nbs/17_compression.ipynb #64cabd0b
 MAGIC, VERSION, LIMIT = b"BAVQ", 1, 2**30   # bytes of pixels that one file may hold
 HEADER, DIGEST = struct.Struct("<4sBB8s8sIIIBHI"), 8
 
@@ -210,20 +190,16 @@ def digest(data: bytes) -> bytes: return hashlib.sha256(data).digest()[:DIGEST]
 def short_hash(model) -> bytes: return bytes.fromhex(model_hash(model)[:16]) if model is not None else bytes(8)
 def codes_check(indices: Tensor) -> int: return zlib.crc32(symbols(indices).astype("<i4").tobytes())
 
-def tile_grid(
-    h: Header,  # for the sizes
-) -> tuple[int, int, int]:  # tiles, and the height and width of their grids of codes
-    "How many grids the images make, or a `BavqError` where the sizes cannot be."
+def tile_grid(h: Header) -> tuple[int, int, int]:
+    "How many grids the images make, and the height and width of each; or a `BavqError` where the sizes cannot be."
     ok = min(h.n, h.height, h.width, h.tile) >= 1 and h.channels in (1, 3) and h.tile % 4 == 0
     require(ok, f"{h.n} images of {h.channels} channels, {h.height} by {h.width} pixels, in tiles of {h.tile}: give 1 or 3 channels, and a tile that is a multiple of 4")
     tiles = h.n * -(-h.height // h.tile) * -(-h.width // h.tile)
     require(tiles * h.tile**2 * h.channels <= LIMIT, f"{h.n} images of {h.height} by {h.width} pixels are more than {LIMIT >> 20} MiB: put fewer into a file")
     return tiles, h.tile // 4, h.tile // 4
 
-# %% ../nbs/17_compression.ipynb #3e0bbd1f
-def read_header(
-    data: bytes,  # a whole file
-) -> Header:
+# %% ../nbs/17_compression.ipynb #b84ad1d0
+def read_header(data: bytes) -> Header:
     "What a file says of itself, after its checksum has been verified; allocates nothing."
     require(len(data) >= HEADER.size + DIGEST and data[:4] == MAGIC, f"these {len(data)} bytes are not a file of bavq's: give one that `compress` wrote")
     require(data[4] == VERSION, f"the file has version {data[4]}, and this bavq reads version {VERSION}: install a newer one")
@@ -233,34 +209,22 @@ def read_header(
     tile_grid(h)
     return h
 
-# %% ../nbs/17_compression.ipynb #44f9091c
-def to_tiles(
-    images: Tensor,  # [N, C, H, W]
-    tile: int,       # side of a tile
-) -> Tensor:             # [N·rows·columns, C, tile, tile]
-    "Images cut into squares, row by row; edges repeated."
+# %% ../nbs/17_compression.ipynb #71b6a014
+def to_tiles(images: Tensor, tile: int) -> Tensor:
+    "Images [N, C, H, W] cut into squares [N·rows·columns, C, tile, tile], row by row; edges repeated."
     H, W = images.shape[2:]
     y, x = (torch.arange(-(-n // tile) * tile).clamp_max(n - 1) for n in (H, W))
     padded = images[:, :, y][:, :, :, x]
     return padded.unflatten(3, (-1, tile)).unflatten(2, (-1, tile)).permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
 
-def from_tiles(
-    tiles: Tensor,  # of `to_tiles`
-    n: int,         # images
-    height: int,    # of each
-    width: int,
-) -> Tensor:            # [n, C, height, width]
-    "The images again, without what was added."
+def from_tiles(tiles: Tensor, n: int, height: int, width: int) -> Tensor:
+    "The images [n, C, height, width] again, without what was added."
     tile = tiles.shape[-1]
     grid = tiles.view(n, -(-height // tile), -(-width // tile), *tiles.shape[1:]).permute(0, 3, 1, 4, 2, 5)
     return grid.flatten(4, 5).flatten(2, 3)[:, :, :height, :width]
 
-# %% ../nbs/17_compression.ipynb #07e358b6
-def check_parts(
-    model: VQVAE,         # that makes the codes
-    prior: Prior | None,  # that counts them
-    tile: int,            # side of a tile
-) -> None:
+# %% ../nbs/17_compression.ipynb #9d8c18ad
+def check_parts(model: VQVAE, prior: Prior | None, tile: int) -> None:
     "Raise a `BavqError` unless they fit together."
     require(isinstance(model, VQVAE) and not model.decoder.num_classes, f"the model is a {type(model).__name__}: give a VQVAE with one grid of codes, and a decoder that needs no labels")
     if prior is None: return
@@ -271,13 +235,8 @@ def check_parts(
     require(prior.grid == (tile // 4, tile // 4), f"the prior is for grids of {prior.grid}, tiles of {tile} make {(tile // 4, tile // 4)}: set tile to {4 * prior.grid[0]}")
 
 @torch.no_grad()
-def image_codes(
-    images: Tensor,    # [N, C, H, W] uint8
-    model: VQVAE,      # on any device
-    tile: int,         # side of a tile
-    batch_size: int,   # tiles at a time
-) -> Tensor:               # [N·rows·columns, tile/4, tile/4], on the CPU
-    "The codes of all tiles."
+def image_codes(images: Tensor, model: VQVAE, tile: int, batch_size: int) -> Tensor:
+    "The codes [tiles, tile/4, tile/4], on the CPU, of images [N, C, H, W] uint8."
     device, tiles = next(model.parameters()).device, to_tiles(images, tile)
     indices = torch.cat([model.encode(normalize(x.to(device))).cpu() for x in tiles.split(batch_size)])
     require(indices.shape[1:] == (tile // 4, tile // 4), f"the codes of a tile are {list(indices.shape[1:])}: give a model with one grid of {tile // 4} by {tile // 4}")
@@ -339,14 +298,9 @@ def decompress(
     tiles = torch.cat([as_pixels(model.decode_codes(k.to(device))).cpu() for k in indices.split(batch_size)])
     return from_tiles(tiles, h.n, h.height, h.width)
 
-# %% ../nbs/17_compression.ipynb #7897c5d6
-def plan(
-    folder: str | Path,  # where to look
-    out: str | Path,     # where the files will lie
-    suffixes: tuple,     # of the files wanted
-    rename,              # from a file's name to that of its output
-) -> dict[Path, Path]:
-    "Which file becomes which, or a `BavqError`: no such folder, nothing in it, or something in the way."
+# %% ../nbs/17_compression.ipynb #076c2c4f
+def plan(folder: str | Path, out: str | Path, suffixes: tuple, rename) -> dict[Path, Path]:
+    "Which file of a folder becomes which in `out`, or a `BavqError`: no such folder, nothing in it, or something in the way."
     folder, out = Path(folder), Path(out)
     require(folder.is_dir(), f"there is no folder {folder}: check the path")
     jobs = {f: out / rename(f.name) for f in sorted(folder.iterdir()) if f.suffix.lower() in suffixes}

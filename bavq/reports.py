@@ -254,7 +254,7 @@ def paired_images(
             rows.append(dict(run=name, measure=k, images=len(x), **paired_difference(x, y), better=better))
     return pd.DataFrame(rows).sort_values(["run", "measure"], ignore_index=True)
 
-# %% ../nbs/28_reports.ipynb #33c16d3c
+# %% ../nbs/28_reports.ipynb #08957697
 def write_report(
     done: dict[str, tuple[RunConfig, Evaluation]],  # of `evaluate_runs`
     folder: str | Path,  # where evaluation.json and a figure of each run are put; existing ones are replaced
@@ -263,9 +263,10 @@ def write_report(
 ) -> Path:
     "Write what was found: configurations, environment, numbers, curves, uses of the codes, differences."
     from bavq.experiments import environment
+    from bavq.plots import plt
     one = lambda c, e: dict(config=asdict(replace(c, data_root="")), images=e.fingerprint, metrics=e.metrics, rd_curve=e.curve, counts=e.counts.sort(descending=True).values[:1024].tolist())
     Path(folder).mkdir(parents=True, exist_ok=True)
-    for name, (c, e) in done.items(): evaluation_figure(e, c.quantizer, Path(folder) / f"{name.replace('/', '-')}.png")
+    for name, (c, e) in done.items(): plt.close(evaluation_figure(e, c.quantizer, Path(folder) / f"{name.replace('/', '-')}.png"))
     notes = sorted({n for _, e in done.values() for n in e.notes})
     return write_json(Path(folder) / "evaluation.json", dict(environment=environment(device), notes=notes, runs={name: one(*v) for name, v in done.items()},
                       pairs=[] if pairs is None else pairs.to_dict("records")))
