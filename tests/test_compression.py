@@ -84,12 +84,12 @@ def test_codes_that_were_changed_together_with_the_checksum_are_not_read(parts, 
     images, model, prior, files = parts
     rng, right = random.Random(0), image_codes(images, model, 32, 64)
     body, caught = files[coding][:-DIGEST], 0
-    for _ in range(25):
+    for _ in range(16):
         i = rng.randrange(HEADER.size, len(body))
         forged = body[:i] + bytes([body[i] ^ rng.randint(1, 255)]) + body[i + 1:]
         try: assert torch.equal(read_codes(forged + digest(forged), model, prior), right)
         except BavqError: caught += 1
-    assert caught >= 15
+    assert caught >= 9
 
 
 @pytest.mark.parametrize("seed", range(1, 6))
