@@ -14,8 +14,8 @@ from .experiments import PRESETS, cores, load_results, read_config, run, study_c
 from .prior_training import PriorConfig
 
 # %% auto #0
-__all__ = ['Train', 'Compare', 'compare', 'print_tables', 'Evaluate', 'Summarise', 'PriorTrain', 'PriorSample', 'Prior', 'Lab',
-           'parse', 'one_line', 'main']
+__all__ = ['Train', 'Compare', 'compare', 'print_tables', 'Evaluate', 'Summarise', 'PriorTrain', 'PriorSample', 'Prior',
+           'Compress', 'Decompress', 'Lab', 'parse', 'one_line', 'main']
 
 # %% ../nbs/29_cli.ipynb #b121b84a
 @dataclass
@@ -114,7 +114,7 @@ class Summarise:
         partial = sorted(str(p.parent) for p in Path(self.folder).rglob("history.jsonl") if p.parent not in done and p.parent.parent.name != "priors")
         if partial: print(f"\nnot finished: {', '.join(partial)}")
 
-# %% ../nbs/29_cli.ipynb #daadccff
+# %% ../nbs/29_cli.ipynb #f13851fc
 @dataclass
 class PriorTrain:
     "Train a model of a run's codes; what an image really costs, in bits a code."
@@ -148,6 +148,31 @@ class Prior:
     def __call__(self): self.verb()
 
 @dataclass
+class Compress:
+    "Write every image of a folder as a small file of a run's codes."
+    run: tyro.conf.Positional[str]     # folder of a trained autoencoder
+    folder: tyro.conf.Positional[str]  # with images
+    out: tyro.conf.Positional[str]     # folder for the files
+    prior: str = ""   # folder of a trained prior; empty: none
+    coding: str = ""  # uniform, marginal or prior; empty: the best there is
+
+    def __call__(self):
+        from bavq.compression import compress_folder
+        compress_folder(self.run, self.folder, self.out, self.prior, self.coding)
+
+@dataclass
+class Decompress:
+    "Turn files of `compress` back into images."
+    run: tyro.conf.Positional[str]     # the same run
+    folder: tyro.conf.Positional[str]  # with the files
+    out: tyro.conf.Positional[str]     # folder for PNG files
+    prior: str = ""   # the same prior
+
+    def __call__(self):
+        from bavq.compression import decompress_folder
+        decompress_folder(self.run, self.folder, self.out, self.prior)
+
+@dataclass
 class Lab:
     "The linear lab: its quick comparison, or all its studies."
     what: tyro.conf.Positional[Literal["quick", "studies"]] = "quick"  # half a minute, or about four minutes on two cores
@@ -162,7 +187,7 @@ class Lab:
         if self.what == "quick": lab_quick(self.K, self.steps, self.commitment, self.seeds or 3, self.out)
         else: lab_studies(self.K, self.steps, self.commitment, self.seeds or 10, out=self.out, figures=self.out)
 
-# %% ../nbs/29_cli.ipynb #405cd802
+# %% ../nbs/29_cli.ipynb #465cedb4
 def parse(
     args: list[str],  # what was typed after `bavq`
 ):
@@ -173,7 +198,8 @@ def parse(
     base, said = choose(given.preset, PRESETS, "preset").base if given.preset else RunConfig(), io.StringIO()
     if given.config: base = read_config(given.config, base)
     defaults = Train(base), Compare(), Evaluate(tyro.MISSING), Summarise(), Lab()
-    commands = Union[(*(Annotated[type(d), tyro.conf.subcommand(type(d).__name__.lower(), default=d)] for d in defaults), Annotated[Prior, tyro.conf.subcommand("prior")])]
+    commands = Union[(*(Annotated[type(d), tyro.conf.subcommand(type(d).__name__.lower(), default=d)] for d in defaults),
+                      *(Annotated[c, tyro.conf.subcommand(c.__name__.lower())] for c in (Prior, Compress, Decompress)))]
     try:
         with contextlib.redirect_stderr(said): return tyro.cli(commands, args=args, prog="bavq", config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes))
     except SystemExit as e:

@@ -331,11 +331,11 @@ def _percent_axis(ax):
     ticks = [t for t in (-5, -2, -1, 0, 1, 2, 5, 10, 25, 50) if low <= t <= high]
     ax.set_xticks(ticks, ticks); ax.minorticks_off()
 
-# %% ../nbs/18_linear_lab.ipynb #08755a35
+# %% ../nbs/18_linear_lab.ipynb #74b6f565
 def figure_convergence(df: pd.DataFrame):
     "Of the study of that name: error above that of the best of ten Lloyd runs, in percent, over the steps, a panel for each start; returns the figure."
     from bavq.plots import figure
-    fig, axes = figure(1, 2, width=3.1, height=2.4)
+    fig, axes = figure(1, 2, width=3.1, height=2.6)
     best = by_seed(df[df.method == "lloyd_best"], "curve").str[-1]
     excess = lambda g: 100 * (np.stack(by_seed(g, "curve")) / best[g.seed].to_numpy()[:, None] - 1).mean(0)
     for ax, start in zip(axes, ("random", "pca")):
@@ -345,7 +345,7 @@ def figure_convergence(df: pd.DataFrame):
             ax.loglog(g["at"].iloc[0], excess(g), "-" if short else ":", color=color, marker=marker, markevery=8, markersize=4, label=label if short else None)
         ax.axhline(excess(df[df.method == "pca_lloyd"])[0], color=look("pca_lloyd")[1], linestyle="-.", label=look("pca_lloyd")[0])
         ax.set(xlabel="steps", title=f"W starts {'at PCA' if start == 'pca' else 'at random'}")
-    axes[0].set_ylabel("error above the best\nof 10 Lloyd runs [%]"); axes[1].legend(fontsize="small")
+    axes[0].set_ylabel("error above the best\nof 10 Lloyd runs [%]"); fig.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncol=5, fontsize="small")
     return fig
 
 # %% ../nbs/18_linear_lab.ipynb #8f273b17

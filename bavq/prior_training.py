@@ -23,7 +23,7 @@ from .training import (Training, cooled_rate, load_model, make_accelerator, newe
 # %% auto #0
 __all__ = ['Codes', 'model_codes', 'extract_codes', 'context_bits', 'code_bits', 'PriorConfig', 'code_sizes', 'CodeBatches',
            'prepare_prior', 'bits_per_code', 'prior_epoch', 'check_prior_folder', 'restore_prior', 'fit_prior',
-           'train_prior', 'sample_images', 'samples_figure']
+           'train_prior', 'sample_images', 'samples_figure', 'save_samples']
 
 # %% ../nbs/27_prior_training.ipynb #da486824
 class Codes(NamedTuple):
@@ -250,7 +250,7 @@ def train_prior(
     folder = Path(run) / "priors" / (config.name or config.kind)
     return fit_prior(config, extract_codes(run, data_root), folder, resume, progress)
 
-# %% ../nbs/27_prior_training.ipynb #fdda01c0
+# %% ../nbs/27_prior_training.ipynb #a7bff26b
 def sample_images(
     folder: str | Path,  # of a trained prior, in priors/ of its run
     n: int = 8,          # images of each class
@@ -265,13 +265,12 @@ def sample_images(
     return {f"class {c}" if classes else "any": model.decode_codes(g) for c, g in enumerate(grids)}
 
 def samples_figure(
-    folder: str | Path,              # of a trained prior, in priors/ of its run
-    path: str | Path | None = None,  # a PNG to write
-    n: int = 8,                      # images of each class
-    seed: int = 0,                   # of the samples
-    **options,                       # of the prior's `sample`
+    folder: str | Path,  # of a trained prior, in priors/ of its run
+    n: int = 8,          # images of each class
+    seed: int = 0,       # of the samples
+    **options,           # of the prior's `sample`
 ):
-    "Of each class, test images as their codes give them back, and beside them as many samples; a figure, written as PNG to a path."
+    "Of each class, test images as their codes give them back, and beside them as many samples; returns the figure."
     from bavq.plots import figure, show_rows
     new, run = sample_images(folder, n, seed, **options), Path(folder).parents[1]
     codes, (model, _) = extract_codes(run), load_model(run)
@@ -279,5 +278,15 @@ def samples_figure(
     real = {k: model.decode_codes(torch.from_numpy(of(c)[:n].astype(np.int64))) for c, k in enumerate(new)}
     fig, axes = figure(1, 2, width=0.6 * n + 1.2, height=0.6 * len(new) + 0.4)
     for ax, rows, title in zip(axes, (real, new), ("test images, from their codes", "samples")): show_rows(rows, ax).set_title(title)
-    if path: atomic_write(path, lambda f: fig.savefig(f, format="png", dpi=120))
     return fig
+
+def save_samples(
+    folder: str | Path,    # of a trained prior, in priors/ of its run
+    out: str | Path = "",  # a PNG; empty: samples.png in the prior's folder
+    n: int = 8,            # images of each class
+    seed: int = 0,         # of the samples
+    **options,             # of the prior's `sample`
+) -> Path:
+    "Write `samples_figure` as PNG."
+    fig = samples_figure(folder, n, seed, **options)
+    return atomic_write(out or Path(folder) / "samples.png", lambda f: fig.savefig(f, format="png", dpi=120))

@@ -357,7 +357,7 @@ def train(
     check_folder(check_config(config), Path(folder), resume)
     return fit(prepare(config), folder, resume, progress)
 
-# %% ../nbs/12_training.ipynb #3772acdd
+# %% ../nbs/12_training.ipynb #f063b187
 def load_model(
     folder: str | Path,  # of a run, finished or not
 ) -> tuple[VQVAE, RunConfig]:
@@ -368,5 +368,6 @@ def load_model(
     require(state, f"{folder} holds no weights yet: resume the run first")
     config = config_from_dict(read_json(path))
     model = build_model(config, channels=state["encoder.layers.0.weight"].shape[1])
-    model.load_state_dict(state)
+    try: model.load_state_dict(state)
+    except RuntimeError: raise BavqError(f"the weights in {folder} are of another version of {config.quantizer}: train the run again, or use the version that made them") from None
     return model.eval(), config
