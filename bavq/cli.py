@@ -114,7 +114,7 @@ class Summarise:
         partial = sorted(str(p.parent) for p in Path(self.folder).rglob("history.jsonl") if p.parent not in done and p.parent.parent.name != "priors")
         if partial: print(f"\nnot finished: {', '.join(partial)}")
 
-# %% ../nbs/29_cli.ipynb #f13851fc
+# %% ../nbs/29_cli.ipynb #5c491cb3
 @dataclass
 class PriorTrain:
     "Train a model of a run's codes; what an image really costs, in bits a code."
@@ -147,6 +147,8 @@ class Prior:
 
     def __call__(self): self.verb()
 
+
+# %% ../nbs/29_cli.ipynb #a8e087ba
 @dataclass
 class Compress:
     "Write every image of a folder as a small file of a run's codes."
@@ -172,6 +174,7 @@ class Decompress:
         from bavq.compression import decompress_folder
         decompress_folder(self.run, self.folder, self.out, self.prior)
 
+# %% ../nbs/29_cli.ipynb #441462e8
 @dataclass
 class Lab:
     "The linear lab: its quick comparison, or all its studies."

@@ -361,7 +361,7 @@ def draw(figure, df, path):
     plt.close(fig)
     return path
 
-# %% ../nbs/18_linear_lab.ipynb #902671d2
+# %% ../nbs/18_linear_lab.ipynb #d9b7571a
 def lab_studies(
     K: int = 32,               # codes, where a study does not vary them
     steps: int = 300,          # of a training, where a study does not say otherwise
@@ -371,7 +371,7 @@ def lab_studies(
     out: str = "experiments/linear_lab",      # folder for a JSON file each
     figures: str = "experiments/linear_lab",  # folder for PNG files; empty: none
 ) -> None:
-    "Run, record and draw all studies: about four minutes on two cores."
+    "Run, record and draw all studies: about nine minutes of processor time, shared among the cores."
     source = LowRankSource()
     for name, jobs in study_jobs(K, steps, commitment).items():
         print(f"{name}: {len(jobs)} fits × {seeds} seeds", flush=True)
