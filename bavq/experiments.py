@@ -192,7 +192,7 @@ def cores() -> int:
     "Cores that this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
-# %% ../nbs/13_experiments.ipynb #f043365b
+# %% ../nbs/13_experiments.ipynb #f441abf2
 def load_results(
     folder: str | Path,  # of runs, or of a study's records
 ):
@@ -203,6 +203,7 @@ def load_results(
     require(folder.is_dir(), f"there is no folder {folder}: check the path")
     for path in sorted(folder.rglob("*.json")):
         value = read_json(path)
+        if path.parent.parent.name == "priors": continue   # of a run's codes; judged in bits
         if path.name == "final_metrics.json": rows.append(_row(read_json(path.parent / "config.json"), value, path.parent.name))
         elif isinstance(value, dict) and {"config", "metrics", "curve"} <= value.keys():
             rows.append(_row(value["config"], value["metrics"], path.stem) | {k: value[k] for k in ("seconds", "device", "commit")})
