@@ -25,7 +25,7 @@ from .statistics import mean_interval, paired_difference
 from .vq_ema import VQEMAQuantizer
 
 # %% auto #0
-__all__ = ['STARTS', 'TRAINERS', 'SPECTRA', 'LEARNED', 'SIZES', 'WEIGHTS', 'TRAIN', 'TEST', 'LABELS', 'FIGURES', 'LowRankSource',
+__all__ = ['STARTS', 'TRAINERS', 'SPECTRA', 'SIZES', 'WEIGHTS', 'RATES', 'TRAIN', 'TEST', 'LABELS', 'FIGURES', 'LowRankSource',
            'polar', 'distortion_bound', 'nearest', 'LinearVQ', 'measure', 'manual_gradients', 'autograd_gradients',
            'tangent', 'Lab', 'principal_axes', 'random_axes', 'begin', 'pca_lloyd', 'descend', 'running_means',
            'vq_ema', 'annealed', 'fit', 'study_jobs', 'run_job', 'run_seed', 'map_seeds', 'record_study', 'load_study',
@@ -129,7 +129,7 @@ def tangent(
     S = W.T @ G
     return G - W @ (S + S.T) / 2
 
-# %% ../nbs/18_linear_lab.ipynb #32e59764
+# %% ../nbs/18_linear_lab.ipynb #050c3ce4
 @dataclass(frozen=True)
 class Lab:
     "The settings of a fit."
@@ -140,6 +140,7 @@ class Lab:
     lr_e: float = 0.2              # learning rate of the codes
     commitment: float = 0.25       # β, weight of the commitment loss
     codebook_weight: float = 1.0   # α, weight of the codebook loss
+    decay: float = 0.99            # of the running means
     anneal: tuple[float, float] = (1.0, 30.0)  # inverse temperature of soft EM, start and end
     start: str = "random"          # where W starts: random or pca
     seed: int = 0                  # start and batches
@@ -171,7 +172,7 @@ def descend(gradients, x, K, s):
         W, codes = polar(W - s.lr_w * tangent(W, G_W)), codes - s.lr_e * G_codes
         yield W, codes
 
-# %% ../nbs/18_linear_lab.ipynb #c1cb71f5
+# %% ../nbs/18_linear_lab.ipynb #4113565c
 def running_means(make, x, K, s):
     "A codebook of this project's that learns by itself; the encoder by straight-through."
     W, codes, batches = begin(x, K, s)
@@ -186,8 +187,8 @@ def running_means(make, x, K, s):
         W, codes = polar(W - s.lr_w * tangent(W, G_W)), q.codebook.numpy().copy()
         yield W, codes
 
-def vq_ema(K, s): return VQEMAQuantizer(K, s.rank)
-def annealed(marginal, K, s): return BAQuantizer(K, s.rank, beta=tuple(s.anneal), marginal=marginal)
+def vq_ema(K, s): return VQEMAQuantizer(K, s.rank, decay=s.decay)
+def annealed(marginal, K, s): return BAQuantizer(K, s.rank, beta=tuple(s.anneal), marginal=marginal, decay=s.decay)
 
 TRAINERS = dict(
     lloyd_best=partial(pca_lloyd, starts=10), pca_lloyd=pca_lloyd, ste_autograd=partial(descend, autograd_gradients),
@@ -214,10 +215,9 @@ def fit(
     if step % s.every: note(W, codes, step)
     return LinearVQ(W, codes, history)
 
-# %% ../nbs/18_linear_lab.ipynb #985baefe
+# %% ../nbs/18_linear_lab.ipynb #d1fc9680
 SPECTRA = ((1.0, 1.0, 1.0, 1.0), (1.0, 0.8, 0.6, 0.4), (2.0, 1.0, 0.5, 0.25))  # standard deviations of the signal
-LEARNED = tuple(TRAINERS)[2:]
-SIZES, WEIGHTS = (8, 16, 32, 64), (0.0, 0.1, 0.25, 0.5, 1.0)
+SIZES, WEIGHTS, RATES = (8, 16, 32, 64), (0.0, 0.1, 0.25, 0.5, 1.0), (0.2, 0.4, 0.8, 1.6, 3.2)
 
 def study_jobs(
     K: int = 32,               # codes, where a study does not vary them
@@ -231,10 +231,12 @@ def study_jobs(
     return dict(
         calibration=grid(method=("pca_lloyd",), K=SIZES, signal=SPECTRA, noise=(0.0,)),
         verification=grid(method=("ste_autograd", "ste_manual"), steps=(200,)),
-        ranking=grid(method=lloyd) + grid(method=LEARNED, start=starts),
+        ranking=grid(method=lloyd) + grid(method=tuple(TRAINERS)[2:], start=starts),
         convergence=grid(method=lloyd, steps=(500,)) + grid(method=(*both, "vq_ema", "ba_vq"), start=starts, steps=(500,))
         + grid(method=("ste_manual",), start=starts, steps=(3000,), every=(200,)),
         sizes=grid(method=("pca_lloyd",), K=SIZES) + grid(method=(*both, "vq_ema", "ba_vq"), K=SIZES, start=starts),
+        rates=grid(method=("pca_lloyd",), lr_e=(0.2,), decay=(0.99,)) + grid(method=("ste_manual",), lr_e=RATES, decay=(0.99,), start=starts)
+        + grid(method=("vq_ema", "ba_vq"), lr_e=(0.2,), decay=(0.99, 0.98, 0.95, 0.9), start=("random",)),
         commitment=grid(method=both, commitment=WEIGHTS) + grid(method=("ste_manual",), commitment=WEIGHTS, steps=(4 * steps,)))
 
 # %% ../nbs/18_linear_lab.ipynb #df325721
