@@ -28,8 +28,8 @@ from .vq_ema import VQEMAQuantizer
 __all__ = ['STARTS', 'TRAINERS', 'SPECTRA', 'SIZES', 'WEIGHTS', 'RATES', 'TRAIN', 'TEST', 'LABELS', 'FIGURES', 'LowRankSource',
            'polar', 'distortion_bound', 'nearest', 'LinearVQ', 'measure', 'manual_gradients', 'autograd_gradients',
            'tangent', 'Lab', 'principal_axes', 'random_axes', 'begin', 'pca_lloyd', 'descend', 'running_means',
-           'vq_ema', 'annealed', 'fit', 'study_jobs', 'run_job', 'run_seed', 'map_seeds', 'record_study', 'load_study',
-           'by_seed', 'summary', 'look', 'figure_differences', 'figure_convergence', 'draw', 'lab_studies', 'lab_quick']
+           'annealed', 'fit', 'study_jobs', 'run_job', 'run_seed', 'map_seeds', 'record_study', 'load_study', 'by_seed',
+           'summary', 'look', 'figure_differences', 'figure_convergence', 'draw', 'lab_studies', 'lab_quick']
 
 # %% ../nbs/18_linear_lab.ipynb #253d855d
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ def descend(gradients, x, K, s):
         W, codes = polar(W - s.lr_w * tangent(W, G_W)), codes - s.lr_e * G_codes
         yield W, codes
 
-# %% ../nbs/18_linear_lab.ipynb #4113565c
+# %% ../nbs/18_linear_lab.ipynb #8284b572
 def running_means(make, x, K, s):
     "A codebook of this project's that learns by itself; the encoder by straight-through."
     W, codes, batches = begin(x, K, s)
@@ -187,13 +187,12 @@ def running_means(make, x, K, s):
         W, codes = polar(W - s.lr_w * tangent(W, G_W)), q.codebook.numpy().copy()
         yield W, codes
 
-def vq_ema(K, s): return VQEMAQuantizer(K, s.rank, decay=s.decay)
 def annealed(marginal, K, s): return BAQuantizer(K, s.rank, beta=tuple(s.anneal), marginal=marginal, decay=s.decay)
 
 TRAINERS = dict(
     lloyd_best=partial(pca_lloyd, starts=10), pca_lloyd=pca_lloyd, ste_autograd=partial(descend, autograd_gradients),
     ste_manual=partial(descend, manual_gradients), rotation=partial(descend, partial(autograd_gradients, estimate=rotate)),
-    vq_ema=partial(running_means, vq_ema), ba_vq=partial(running_means, partial(annealed, "balanced")),
+    vq_ema=partial(running_means, lambda K, s: VQEMAQuantizer(K, s.rank, decay=s.decay)), ba_vq=partial(running_means, partial(annealed, "balanced")),
     ba_vq_uniform=partial(running_means, partial(annealed, "uniform")), ba_vq_free=partial(running_means, partial(annealed, "free")))
 
 # %% ../nbs/18_linear_lab.ipynb #d8b3aed3
@@ -292,7 +291,7 @@ def summary(df: pd.DataFrame, by: list[str], baseline: pd.DataFrame | None = Non
             rows[key] |= {k: 100 * d[k] / baseline.mse.mean() for k in ("diff", "low", "high")}
     return pd.DataFrame(rows).T.rename_axis(index=by)
 
-# %% ../nbs/18_linear_lab.ipynb #5118fa21
+# %% ../nbs/18_linear_lab.ipynb #1b038fb8
 LABELS = dict(lloyd_best="PCA + Lloyd, best of 10", pca_lloyd="PCA + Lloyd", ste_autograd="STE by autograd", ste_manual="STE by hand", rotation="rotation")
 _STYLES = dict(lloyd_best="bound", pca_lloyd="kmeans", ste_manual="vq", ste_autograd="vq")
 
@@ -327,8 +326,7 @@ def figure_differences(
     return fig
 
 def _percent_axis(ax):
-    "Linear up to two percent, logarithmic beyond."
-    ax.set_xscale("symlog", linthresh=2, linscale=0.7)
+    ax.set_xscale("symlog", linthresh=2, linscale=0.7)   # linear up to two percent
     low, high = ax.get_xlim()
     ticks = [t for t in (-5, -2, -1, 0, 1, 2, 5, 10, 25, 50) if low <= t <= high]
     ax.set_xticks(ticks, ticks); ax.minorticks_off()
