@@ -198,7 +198,7 @@ def load_weights(
     model.load_state_dict({k: state[k] for k in own})
     return model.eval(), config
 
-# %% ../nbs/28_reports.ipynb #f090faa7
+# %% ../nbs/28_reports.ipynb #71b957f5
 def evaluate_runs(
     paths,                       # run folders, folders of runs, or files of weights
     data: str = "",              # another data set than the runs' own
@@ -216,7 +216,7 @@ def evaluate_runs(
         model, c = open_run(path)
         key = data or c.data, data_root or c.data_root, c.image_size
         if key not in loaders:
-            train, test = get_dataloaders(key[0], 128, key[1], image_size=key[2], device=device)
+            train, test = get_dataloaders(key[0], min(128, c.batch_size), key[1], image_size=key[2], device=device)
             loaders[key] = test, make_judges(judges, train, inception_weights, lpips_weights)
         done[name] = replace(c, data=key[0]), evaluate(model.to(device), *loaders[key])
     return done
