@@ -25,11 +25,11 @@ from .statistics import mean_interval, paired_difference
 from .vq_ema import VQEMAQuantizer
 
 # %% auto #0
-__all__ = ['STARTS', 'TRAINERS', 'SPECTRA', 'SIZES', 'WEIGHTS', 'RATES', 'TRAIN', 'TEST', 'LABELS', 'FIGURES', 'LowRankSource',
+__all__ = ['STARTS', 'TRAINERS', 'SPECTRA', 'LEARNED', 'SIZES', 'WEIGHTS', 'TRAIN', 'TEST', 'LABELS', 'FIGURES', 'LowRankSource',
            'polar', 'distortion_bound', 'nearest', 'LinearVQ', 'measure', 'manual_gradients', 'autograd_gradients',
            'tangent', 'Lab', 'principal_axes', 'random_axes', 'begin', 'pca_lloyd', 'descend', 'running_means',
-           'annealed', 'fit', 'study_jobs', 'run_job', 'run_seed', 'map_seeds', 'record_study', 'load_study', 'by_seed',
-           'summary', 'look', 'figure_differences', 'figure_convergence', 'draw', 'lab_studies', 'lab_quick']
+           'vq_ema', 'annealed', 'fit', 'study_jobs', 'run_job', 'run_seed', 'map_seeds', 'record_study', 'load_study',
+           'by_seed', 'summary', 'look', 'figure_differences', 'figure_convergence', 'draw', 'lab_studies', 'lab_quick']
 
 # %% ../nbs/18_linear_lab.ipynb #253d855d
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def tangent(
     S = W.T @ G
     return G - W @ (S + S.T) / 2
 
-# %% ../nbs/18_linear_lab.ipynb #050c3ce4
+# %% ../nbs/18_linear_lab.ipynb #32e59764
 @dataclass(frozen=True)
 class Lab:
     "The settings of a fit."
@@ -140,7 +140,6 @@ class Lab:
     lr_e: float = 0.2              # learning rate of the codes
     commitment: float = 0.25       # β, weight of the commitment loss
     codebook_weight: float = 1.0   # α, weight of the codebook loss
-    decay: float = 0.99            # of the running means
     anneal: tuple[float, float] = (1.0, 30.0)  # inverse temperature of soft EM, start and end
     start: str = "random"          # where W starts: random or pca
     seed: int = 0                  # start and batches
@@ -172,7 +171,7 @@ def descend(gradients, x, K, s):
         W, codes = polar(W - s.lr_w * tangent(W, G_W)), codes - s.lr_e * G_codes
         yield W, codes
 
-# %% ../nbs/18_linear_lab.ipynb #8284b572
+# %% ../nbs/18_linear_lab.ipynb #c1cb71f5
 def running_means(make, x, K, s):
     "A codebook of this project's that learns by itself; the encoder by straight-through."
     W, codes, batches = begin(x, K, s)
@@ -187,12 +186,13 @@ def running_means(make, x, K, s):
         W, codes = polar(W - s.lr_w * tangent(W, G_W)), q.codebook.numpy().copy()
         yield W, codes
 
-def annealed(marginal, K, s): return BAQuantizer(K, s.rank, beta=tuple(s.anneal), marginal=marginal, decay=s.decay)
+def vq_ema(K, s): return VQEMAQuantizer(K, s.rank)
+def annealed(marginal, K, s): return BAQuantizer(K, s.rank, beta=tuple(s.anneal), marginal=marginal)
 
 TRAINERS = dict(
     lloyd_best=partial(pca_lloyd, starts=10), pca_lloyd=pca_lloyd, ste_autograd=partial(descend, autograd_gradients),
     ste_manual=partial(descend, manual_gradients), rotation=partial(descend, partial(autograd_gradients, estimate=rotate)),
-    vq_ema=partial(running_means, lambda K, s: VQEMAQuantizer(K, s.rank, decay=s.decay)), ba_vq=partial(running_means, partial(annealed, "balanced")),
+    vq_ema=partial(running_means, vq_ema), ba_vq=partial(running_means, partial(annealed, "balanced")),
     ba_vq_uniform=partial(running_means, partial(annealed, "uniform")), ba_vq_free=partial(running_means, partial(annealed, "free")))
 
 # %% ../nbs/18_linear_lab.ipynb #d8b3aed3
@@ -214,9 +214,10 @@ def fit(
     if step % s.every: note(W, codes, step)
     return LinearVQ(W, codes, history)
 
-# %% ../nbs/18_linear_lab.ipynb #d1fc9680
+# %% ../nbs/18_linear_lab.ipynb #985baefe
 SPECTRA = ((1.0, 1.0, 1.0, 1.0), (1.0, 0.8, 0.6, 0.4), (2.0, 1.0, 0.5, 0.25))  # standard deviations of the signal
-SIZES, WEIGHTS, RATES = (8, 16, 32, 64), (0.0, 0.1, 0.25, 0.5, 1.0), (0.2, 0.4, 0.8, 1.6, 3.2)
+LEARNED = tuple(TRAINERS)[2:]
+SIZES, WEIGHTS = (8, 16, 32, 64), (0.0, 0.1, 0.25, 0.5, 1.0)
 
 def study_jobs(
     K: int = 32,               # codes, where a study does not vary them
@@ -230,12 +231,10 @@ def study_jobs(
     return dict(
         calibration=grid(method=("pca_lloyd",), K=SIZES, signal=SPECTRA, noise=(0.0,)),
         verification=grid(method=("ste_autograd", "ste_manual"), steps=(200,)),
-        ranking=grid(method=lloyd) + grid(method=tuple(TRAINERS)[2:], start=starts),
+        ranking=grid(method=lloyd) + grid(method=LEARNED, start=starts),
         convergence=grid(method=lloyd, steps=(500,)) + grid(method=(*both, "vq_ema", "ba_vq"), start=starts, steps=(500,))
         + grid(method=("ste_manual",), start=starts, steps=(3000,), every=(200,)),
         sizes=grid(method=("pca_lloyd",), K=SIZES) + grid(method=(*both, "vq_ema", "ba_vq"), K=SIZES, start=starts),
-        rates=grid(method=("pca_lloyd",), lr_e=(0.2,), decay=(0.99,)) + grid(method=("ste_manual",), lr_e=RATES, decay=(0.99,), start=starts)
-        + grid(method=("vq_ema", "ba_vq"), lr_e=(0.2,), decay=(0.99, 0.98, 0.95, 0.9), start=("random",)),
         commitment=grid(method=both, commitment=WEIGHTS) + grid(method=("ste_manual",), commitment=WEIGHTS, steps=(4 * steps,)))
 
 # %% ../nbs/18_linear_lab.ipynb #df325721
@@ -291,7 +290,7 @@ def summary(df: pd.DataFrame, by: list[str], baseline: pd.DataFrame | None = Non
             rows[key] |= {k: 100 * d[k] / baseline.mse.mean() for k in ("diff", "low", "high")}
     return pd.DataFrame(rows).T.rename_axis(index=by)
 
-# %% ../nbs/18_linear_lab.ipynb #1b038fb8
+# %% ../nbs/18_linear_lab.ipynb #5118fa21
 LABELS = dict(lloyd_best="PCA + Lloyd, best of 10", pca_lloyd="PCA + Lloyd", ste_autograd="STE by autograd", ste_manual="STE by hand", rotation="rotation")
 _STYLES = dict(lloyd_best="bound", pca_lloyd="kmeans", ste_manual="vq", ste_autograd="vq")
 
@@ -326,7 +325,8 @@ def figure_differences(
     return fig
 
 def _percent_axis(ax):
-    ax.set_xscale("symlog", linthresh=2, linscale=0.7)   # linear up to two percent
+    "Linear up to two percent, logarithmic beyond."
+    ax.set_xscale("symlog", linthresh=2, linscale=0.7)
     low, high = ax.get_xlim()
     ticks = [t for t in (-5, -2, -1, 0, 1, 2, 5, 10, 25, 50) if low <= t <= high]
     ax.set_xticks(ticks, ticks); ax.minorticks_off()
