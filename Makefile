@@ -5,7 +5,7 @@ BIN     = $(VENV)/bin
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install compare notebook test export execute clean-notebooks readme
+.PHONY: help install compare notebook test bench browser-test explore export execute clean-notebooks readme docs
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
@@ -18,8 +18,17 @@ compare: $(VENV)/.installed-base ## train and compare VQ-EMA and BA-VQ on real i
 notebook: $(VENV)/.installed-notebooks ## open the notebooks in JupyterLab
 	@$(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/nbs/index.ipynb $(ARGS)
 
+explore: $(VENV)/.installed-notebooks ## serve the explorer as an application, in the browser
+	@$(BIN)/voila nbs/22_explore.ipynb $(ARGS)
+
 test: $(VENV)/.installed-dev ## everything CI checks; the last line reads "N passed, N failed"
 	@$(BIN)/python tools/gate.py $(ARGS)
+
+browser-test: $(VENV)/.installed-dev ## use the reading notebooks in JupyterLab and Voilà with a real browser; screenshots in experiments/browser
+	@$(BIN)/python tools/browser.py --install $(ARGS)
+
+bench: $(VENV)/.installed-dev ## time and memory beside vector-quantize-pytorch, in results/bench; small: ARGS=--quick
+	@$(BIN)/python benchmarks/quantizers.py $(ARGS)
 
 export: $(VENV)/.installed-dev ## write bavq/*.py from the notebooks
 	@$(BIN)/nbdev_export
@@ -32,6 +41,9 @@ clean-notebooks: $(VENV)/.installed-dev ## strip what need not be stored in the 
 
 readme: $(VENV)/.installed-dev ## write README.md from nbs/index.ipynb
 	@$(BIN)/python tools/readme.py
+
+docs: $(VENV)/.installed-docs ## build the site of the notebooks, with search and reference, in _docs/
+	@$(BIN)/python tools/docs.py
 
 # One stamp for each set of requirements: nothing is installed again until settings.ini changes.
 $(VENV)/.installed-base: settings.ini setup.py

@@ -118,3 +118,26 @@ def test_check_quantizer_accepts_it(name):
 def test_composites_of_everything(name, base):
     "Options come as text, as the command line gives them."
     check_quantizer(make_quantizer(name, 64, 8, base=base, **{"product": dict(groups="2"), "residual": dict(levels="8,8", dropout="0.5")}[name]))
+
+
+@pytest.mark.parametrize("name", OURS)
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(exponent=st.integers(-20, 20), n=st.sampled_from([1, 2, 5, 64]), equal=st.booleans(), shift=st.sampled_from([0.0, 1.0, 1e3]), seed=st.integers(0, 2**16))
+def test_extreme_latents_stay_finite_or_are_refused(name, exponent, n, equal, shift, seed):
+    "Any scale from 1e-20 to 1e20, all latents alike, one alone, fewer than codes: output, losses, gradients and state are finite, or one line says why not."
+    torch.manual_seed(seed)
+    z = (torch.randn(1, 8).expand(n, 8) if equal else torch.randn(n, 8)) * 10.0**exponent + shift
+    q, z = make_quantizer(name, 16, 8).train(), z.clone().requires_grad_(True)
+    try:
+        for step in range(3):
+            q.anneal(step / 2)
+            z_q, losses, metrics = q(z)
+            z.grad = None
+            (z_q.sum() + sum(losses.values())).backward()
+        index = q.eval().encode(z)
+    except bavq.BavqError as e:
+        assert exponent > 14 and "above 1e15" in str(e)
+        return
+    values = [z_q, z.grad, *losses.values(), *(m for m in metrics.values() if m.is_floating_point()), *(v for v in q.state_dict().values() if v.is_floating_point())]
+    assert all(v.isfinite().all() for v in values)
+    assert torch.equal(q(z).z_q, q.decode(index)) and q.decode(index).isfinite().all()

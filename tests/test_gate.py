@@ -1,14 +1,17 @@
 """The gate finds what it is there to find, and the README is made as promised."""
 import base64
+import io
 import sys
 from pathlib import Path
 
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
+import docs
 import gate
 import readme
 
@@ -81,5 +84,45 @@ def test_stale_readme_is_found(project, monkeypatch):
     assert gate.readme(project) == ""
     (project / "nbs/images/readme-2.png").write_bytes(b"left over")
     (project / "bavq/toy.py").unlink()
-    assert gate.readme(project).splitlines() == ["nbs/images/readme-2.png is not what nbs/index.ipynb gives: run `make readme`",
-                                                "dead link in nbs/index.ipynb: bavq/toy.py"]
+    stale, dead = gate.readme(project).splitlines()
+    assert stale == "nbs/images/readme-2.png is not what nbs/index.ipynb gives: run `make readme`"
+    assert dead.startswith("dead link in nbs/index.ipynb: bavq/toy.py;")
+
+
+def picture(shade):
+    out = io.BytesIO()
+    Image.new("RGB", (640, 300), (shade, 80, 80)).save(out, "PNG")
+    return out.getvalue()
+
+
+def test_small_pictures_follow_their_notebooks(project):
+    index(project)
+    plot = lambda shade: new_output("display_data", data={"image/png": base64.b64encode(picture(shade)).decode()})
+    write(project, "00_toy", [new_markdown_cell("# Toy", id="a"), new_code_cell("plot()", id="b", outputs=[plot(10)])])
+    files, (name, figure) = readme.build(project), *readme.first_figures(project).items()
+    (project / "nbs/images").mkdir()
+    for path, content in {**files, name: readme.thumbnail(figure)}.items(): (project / path).write_bytes(content)
+    assert name == "nbs/images/00_toy.png" and Image.open(project / name).size == (200, 112)
+    assert gate.readme(project) == ""
+    write(project, "00_toy", [new_markdown_cell("# Toy", id="a"), new_code_cell("plot()", id="b", outputs=[plot(90)])])
+    assert gate.readme(project) == f"{name} is not the first figure of its notebook: run `make readme`"
+
+
+def test_broken_pages_are_found(tmp_path):
+    (tmp_path / "api").mkdir()
+    good = '<h1 id="top">A</h1><a href="api/b.html#here">b</a><a href="https://x.org/no">web</a><img src="p.png" alt="two lines that meet">'
+    (tmp_path / "a.html").write_text(good)
+    (tmp_path / "p.png").write_bytes(picture(0))
+    (tmp_path / "api/b.html").write_text('<p id="here"><a href="../a.html#top">a</a></p>')
+    assert list(docs.broken(tmp_path)) == []
+    (tmp_path / "a.html").write_text(good + '<a href="c.html">c</a><a href="api/b.html#there">b</a><img src="q.png" alt="a curve"><img src="p.png" alt="Figure">')
+    found = list(docs.broken(tmp_path))
+    assert [f.split(": ")[0] for f in found] == ["a.html"] * 4
+    for f, part in zip(found, ["c.html is not there", "api/b.html#there: the page has no", "q.png is not there", "p.png is not described"]): assert part in f
+
+
+def test_names_become_links_but_not_everywhere():
+    table = {"fit": "{py:obj}`fit <bavq.toy.fit>`"}
+    text = docs.prose("## The `fit`\n\nCall `fit`, [not `fit`](a.md), `fitted` and $$`fit`$$.\n\n```\n`fit`\n```\nSee [tests](../tests).", table, docs.settings())
+    assert text.count("{py:obj}") == 1 and "Call {py:obj}`fit" in text
+    assert f"({docs.settings()['git_url']}/tree/main/tests)" in text

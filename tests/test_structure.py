@@ -20,7 +20,7 @@ NUMBER = {stem[3:]: int(stem[:2]) for stem in NOTEBOOKS if re.match(r"\d\d_", st
 
 def none(problems):
     "Fail with one line for each problem."
-    if problems: pytest.fail("\n".join(f"- {p}" for p in problems), pytrace=False)
+    if problems := list(problems): pytest.fail("\n".join(f"- {p}" for p in problems), pytrace=False)
 
 
 def code_cells(only_exported=False):
@@ -138,6 +138,13 @@ def test_exported_cells_are_short():
     none([f"{n} cell {i}: {len(body(s))} exported lines; split it, 40 at most" for n, i, s, _ in code_cells(only_exported=True) if len(body(s)) > 40])
 
 
+def test_notebooks_export_little():
+    lines = dict.fromkeys(NOTEBOOKS, 0)
+    for n, _, source, _ in code_cells(only_exported=True):
+        if not all(isinstance(s, (ast.Import, ast.ImportFrom)) for s in statements(source)): lines[n] += len(body(source))
+    none([f"{n}: {k} exported lines beside imports; 300 at most, make two notebooks of one idea each" for n, k in lines.items() if k > 300])
+
+
 def test_imports_stand_alone():
     wrong = []
     for n, i, source, _ in code_cells():
@@ -158,6 +165,34 @@ def test_notebooks_are_executed():
             wrong.append(f"{n} cell {i}: `{ast.unparse(last)[:60]}` shows nothing; run `make execute NB={n}`")
     wrong += [f"{n}: no cell has an output; run `make execute NB={n}`" for n in sorted({c[0] for c in code_cells()} - alive)]
     none(wrong)
+
+
+def test_figures_are_described():
+    "For those who cannot see them: the site and the README show the description in the figure's place."
+    wrong = []
+    for n, i, source, cell in code_cells():
+        if not any(kind.startswith("image/") for out in cell["outputs"] for kind in out.get("data", {})): continue
+        says = (directive("fig-alt", source) or "").strip("\"'")
+        if not says: wrong.append(f"{n} cell {i}: a figure without a description; say what it shows in a line `#| fig-alt: …`")
+        elif len(says) < 30: wrong.append(f"{n} cell {i}: `{says}` describes little; say what is drawn and what there is to see")
+    none(wrong)
+
+
+def test_readme_shows_every_notebook():
+    "As far as it is not the gate's part, which compares bytes: a new title or idea reaches the map only by running the index."
+    text, wrong = (ROOT / "README.md").read_text(encoding="utf-8"), []
+    for n, nb in NOTEBOOKS.items():
+        head = "".join(nb["cells"][0]["source"])
+        if not (found := re.search(r"^# (.+)\n+> (.+)", head)): wrong.append(f"{n}: begin with `# Title`, an empty line, and `> its one idea`")
+        elif n != "index" and not (f"(nbs/{n}.ipynb)" in text and found[2] in text):
+            wrong.append(f"{n} is not in README.md under this title and idea: run `make execute NB=index`, then `make readme`")
+    none(wrong)
+
+
+def test_ruff_finds_nothing():
+    "Rules in pyproject.toml, over notebooks, tools and tests."
+    done = subprocess.run([sys.executable, "-m", "ruff", "check", "--no-cache", "--quiet", "--output-format", "concise"], cwd=ROOT, capture_output=True, text=True)
+    none(f"{line}; `.venv/bin/ruff check` says more" for line in (done.stdout + done.stderr).splitlines() if ":" in line)
 
 
 def test_outputs_are_fit_to_store():

@@ -35,12 +35,19 @@ def shrink(nb, colours=128):
         if small.tell() < 0.75 * len(png): data["image/png"] = base64.b64encode(small.getvalue()).decode()
 
 
+def drop_widgets(nb):
+    "Store no view of a widget: it lives as long as its kernel."
+    for c in nb.cells:
+        if "outputs" in c: c.outputs = [o for o in c.outputs if not any("widget-view" in kind for kind in o.get("data", {}))]
+
+
 def execute(path, timeout=600):
     "Run one notebook in a kernel of its own and write it back with its outputs."
     start, nb = time.monotonic(), nbformat.read(path, as_version=4)
     client = NotebookClient(nb, timeout=timeout, kernel_name="python3", store_widget_state=False, resources={"metadata": {"path": str(NBS)}})
     try: client.execute()
     except (CellExecutionError, CellTimeoutError) as e: sys.exit(f"{e}\n{path.name} failed and was left as it was")
+    drop_widgets(nb)
     shrink(nb)
     nbformat.write(nb, path)
     print(f"{path.stem:24s} {time.monotonic() - start:5.1f} s  {path.stat().st_size / 1024:4.0f} KB", flush=True)

@@ -1,9 +1,10 @@
-"""Everything CI checks: clean and export change nothing, README.md is up to date, every notebook runs, pytest passes.
+"""Everything CI checks: clean and export change nothing, README.md is up to date, the site builds, every notebook runs, pytest passes.
 
 Run by `make test`. Compares bytes, so it needs no clean git tree; clean and export work on a copy, the tree stays as it is.
 The last line reads `N passed, N failed`; the exit status is 1 where anything failed."""
 import argparse
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -70,6 +71,13 @@ def readme(root=ROOT):
     return "\n".join(problems(build(root), root))
 
 
+def docs(root=ROOT):
+    "The problems of the documentation site, built aside."
+    with tempfile.TemporaryDirectory(prefix="bavq-site-") as tmp:
+        done = subprocess.run([sys.executable, root / "tools/docs.py", tmp], cwd=root, env=ENV, capture_output=True, text=True)
+    return "\n".join(done.stdout.strip().splitlines()[:40] + done.stderr.strip().splitlines()[-15:]) if done.returncode else ""
+
+
 def notebooks(root=ROOT): return [p for p in sorted((root / "nbs").rglob("*.ipynb")) if not any(q[0] in "_." for q in p.relative_to(root).parts)]
 
 
@@ -120,10 +128,23 @@ def run_pytest(report):
     report.add(f"pytest: {passed} of {passed + failed} passed", time.monotonic() - start, problem, passed, failed or int(done.returncode != 0))
 
 
+def run_browser(report):
+    "The notebooks in JupyterLab, in a browser; their own count added to the report."
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, ROOT / "tools/browser.py", "--install"], cwd=ROOT, env=ENV, capture_output=True, text=True)
+    counts = re.findall(r"^(\d+) passed, (\d+) failed$", done.stdout, re.M)
+    passed, failed = map(int, counts[-1]) if counts else (0, 0)
+    tail = "\n".join(done.stdout.strip().splitlines()[-80:] + done.stderr.strip().splitlines()[-20:])
+    wrong = done.returncode or not counts
+    report.add(f"browser: {passed} of {passed + failed} passed", time.monotonic() - start, tail if wrong else "", passed, failed or int(bool(wrong)))
+    if not wrong: print("\n".join("          " + line for line in done.stdout.strip().splitlines()[:-1]), flush=True)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--timeout", type=int, default=300, help="seconds a notebook may take (default 300)")
     parser.add_argument("--workers", type=int, default=2, help="notebooks run at a time (default 2)")
+    parser.add_argument("--browser", action="store_true", help="also use the notebooks in JupyterLab and a browser, as CI does")
     args, report = parser.parse_args(), Report()
 
     def check(name, problem, *a):
@@ -136,10 +157,12 @@ def main():
     check("clean", no_op, "nbdev_clean", "nbs/**/*.ipynb", "run `make clean-notebooks`")
     check("export", no_op, "nbdev_export", "bavq/**/*.py", "edit the notebook, not the module, and run `make export`")
     check("readme", readme)
+    check("docs", docs)
     print(f"The notebooks, {args.workers} at a time", flush=True)
     run_notebooks(report, args.workers, args.timeout)
     print("What no notebook can test", flush=True)
     run_pytest(report)
+    if args.browser: run_browser(report)
     print(f"{report.passed} passed, {report.failed} failed", flush=True)
     return int(report.failed > 0)
 

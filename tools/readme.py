@@ -1,7 +1,11 @@
-"""Write README.md from nbs/index.ipynb, and its figures as nbs/images/readme-N.png: python tools/readme.py
+"""Write README.md from nbs/index.ipynb, its figures as nbs/images/readme-N.png, and a small picture of each notebook: python tools/readme.py
 
-The stored outputs are used as they are; nothing is run. The same notebook always gives the same bytes."""
+The stored outputs are used as they are; nothing is run. The same notebook always gives the same README and figures; a small
+picture, nbs/images/NAME.png, is the notebook's first figure and names the bytes it was made from."""
 import base64
+import hashlib
+import io
+import json
 import re
 import sys
 from pathlib import Path
@@ -12,6 +16,7 @@ from execnb.nbio import nb2str
 from nbconvert import MarkdownExporter
 from nbdev.process import NBProcessor
 from nbdev.processors import clean_magics, filter_stream_, hide_, hide_line, populate_language, rm_export, rm_header_dash
+from PIL import Image, PngImagePlugin
 from traitlets.config import Config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -71,23 +76,61 @@ def build(root=ROOT):
     return {"README.md": (NOTICE + re.sub(r"\n{3,}", "\n\n", text).strip() + "\n").encode(), **figures}
 
 
+def first_figures(root=ROOT):
+    "Name of the small picture → bytes of the first stored figure, for each notebook that has one."
+    found = {}
+    for path in sorted((root / "nbs").glob("[0-9]*.ipynb")):
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        figures = [o["data"]["image/png"] for c in cells for o in c.get("outputs", []) if "image/png" in o.get("data", {})]
+        if figures: found[f"nbs/images/{path.stem}.png"] = base64.b64decode(figures[0])
+    return found
+
+
+def digest(figure): return hashlib.sha256(figure).hexdigest()[:16]
+
+
+def thumbnail(figure, size=(200, 112)):
+    "A figure made small on white, with the digest of what it was made from."
+    image = Image.open(io.BytesIO(figure)).convert("RGB")
+    image.thumbnail(size, Image.Resampling.LANCZOS)
+    sheet, out, note = Image.new("RGB", size, "white"), io.BytesIO(), PngImagePlugin.PngInfo()
+    sheet.paste(image, ((size[0] - image.width) // 2, (size[1] - image.height) // 2))
+    note.add_text("made-from", digest(figure))
+    sheet.quantize(48, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(out, "PNG", optimize=True, pnginfo=note)
+    return out.getvalue()
+
+
+def made_from(path):
+    "The digest a small picture names; nothing where it is no such picture. Its own bytes may differ between versions of Pillow."
+    try: return Image.open(path).text.get("made-from")
+    except (OSError, AttributeError): return None
+
+
 def problems(files, root=ROOT):
     "What stands differently on disk, and links that lead nowhere; nothing where all is well."
+    small = first_figures(root)
     stale = [n for n, b in files.items() if not (root / n).exists() or (root / n).read_bytes() != b]
-    stale += [n for n in figures_on_disk(root) if n not in files]
+    stale += [n for n in figures_on_disk(root) if n not in files and n not in small]
+    old = [n for n, figure in small.items() if made_from(root / n) != digest(figure)]
     targets = [(m[2] or m[4]).split("#")[0] for p in CODE.split(files["README.md"].decode())[::2] for m in LINK.finditer(p)]
-    dead = [t for t in targets if t and not re.match(r"[a-z][a-z+.-]*:", t, re.I) and t not in files and not (root / t).exists()]
-    return [f"{n} is not what {INDEX} gives: run `make readme`" for n in stale] + [f"dead link in {INDEX}: {t}" for t in dead]
+    dead = [t for t in targets if t and not re.match(r"[a-z][a-z+.-]*:", t, re.I) and t not in files and t not in small and not (root / t).exists()]
+    return [f"{n} is not what {INDEX} gives: run `make readme`" for n in stale] \
+        + [f"{n} is not the first figure of its notebook: run `make readme`" for n in old] \
+        + [f"dead link in {INDEX}: {t}; a notebook that is new or renamed: run `make execute NB=index`, then `make readme`" for t in dead]
 
 
-def figures_on_disk(root): return [p.relative_to(root).as_posix() for p in sorted(root.glob(FIGURE.format("*")))]
+def figures_on_disk(root): return [p.relative_to(root).as_posix() for p in sorted(root.glob("nbs/images/*.png"))]
 
 
 if __name__ == "__main__":
     if not (ROOT / INDEX).exists(): sys.exit(f"{INDEX} is not there: README.md is generated from it")
-    files = build()
+    files, small = build(), first_figures()
     for name in figures_on_disk(ROOT):
-        if name not in files: (ROOT / name).unlink()
+        if name not in files and name not in small: (ROOT / name).unlink()
+    for name, figure in small.items():
+        if made_from(ROOT / name) == digest(figure): continue
+        (ROOT / name).parent.mkdir(parents=True, exist_ok=True)
+        (ROOT / name).write_bytes(thumbnail(figure))
     for name, content in files.items():
         (ROOT / name).parent.mkdir(parents=True, exist_ok=True)
         (ROOT / name).write_bytes(content)

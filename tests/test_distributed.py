@@ -1,0 +1,94 @@
+"Several processes: two of them train as one, at every step; and workers do not outlive the sweep that started them."
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from bavq.core import RunConfig, only_writer
+from bavq.experiments import first_steps
+
+ROOT = Path(__file__).resolve().parent.parent
+ENV = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+TINY = dict(train_size=640, codebook_size=32, embedding_dim=8, hidden_channels=8, residual_blocks=1, epochs=1, batch_size=32, lr=3e-3, warmup_steps=2)
+METHODS = "vq_ema", "ba_vq", "vq", "residual"
+STEPS = 20
+
+
+def save_steps(folder):
+    "What one process of several does: the first steps of every method, in double precision, into a file of its own."
+    for q in METHODS:
+        torch.save(first_steps(RunConfig(quantizer=q, **TINY), STEPS, torch.float64), folder / f"{q}-{os.environ['RANK']}.pt")
+
+
+@pytest.fixture
+def one_thread(monkeypatch):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def halves(tmp_path_factory):
+    "Two processes, each with half of every batch."
+    folder = tmp_path_factory.mktemp("halves")
+    launch = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__, str(folder)]
+    done = subprocess.run(launch, env=ENV, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return folder
+
+
+def revived(states):
+    "Was a code of VQ-EMA revived in these steps? Without revival they are others."
+    still = first_steps(RunConfig(quantizer="vq_ema", options={"restart_below": "0"}, **TINY), STEPS, torch.float64)
+    return any(not torch.allclose(a["quantizer.book.codes"], b["quantizer.book.codes"], atol=1e-3) for a, b in zip(states, still))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_two_processes_are_one_at_every_step(halves, one_thread, method):
+    "All weights, codes, counts, potentials and losses: equal to the bit on both processes, and to rounding with one process that has the whole batch."
+    first, second = (torch.load(halves / f"{method}-{rank}.pt") for rank in (0, 1))
+    whole = first_steps(RunConfig(quantizer=method, **TINY), STEPS, torch.float64)
+    assert len(first) == len(whole) == STEPS
+    for step, (a, b, w) in enumerate(zip(first, second, whole)):
+        assert all(torch.equal(a[k], b[k]) for k in a), f"the processes differ after step {step + 1}"
+        for k in w: torch.testing.assert_close(a[k], w[k], rtol=1e-9, atol=1e-10, msg=lambda m: f"{k} after step {step + 1}: {m}")
+    if method == "vq_ema": assert revived(whole), "no code was revived in these steps: give more"
+
+
+SWEEP = """
+from bavq.core import RunConfig
+from bavq.experiments import sweep
+if __name__ == "__main__": sweep([RunConfig(name=q, quantizer=q, **{tiny}) for q in ("vq_ema", "ba_vq")], {out!r}, jobs=2, progress=False)
+"""
+
+
+def test_workers_end_with_their_sweep(tmp_path):
+    "The process of a sweep is killed: its workers end too, and their folders are free."
+    (tmp_path / "go.py").write_text(SWEEP.format(tiny=TINY | dict(epochs=10_000, checkpoint_every=10_000), out=str(tmp_path / "runs")))
+    process = subprocess.Popen([sys.executable, str(tmp_path / "go.py")], env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    until = time.time() + 240
+    while not all((tmp_path / "runs" / q / "history.jsonl").exists() for q in ("vq_ema", "ba_vq")):
+        assert process.poll() is None and time.time() < until, process.communicate()[1]
+        time.sleep(0.02)
+    workers = psutil.Process(process.pid).children(recursive=True)
+    assert len(workers) >= 2
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    _, alive = psutil.wait_procs(workers, timeout=60)
+    assert not alive, [p.cmdline() for p in alive]
+    for q in ("vq_ema", "ba_vq"):
+        with only_writer(tmp_path / "runs" / q): assert json.loads((tmp_path / "runs" / q / "config.json").read_text())["quantizer"] == q
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    save_steps(Path(sys.argv[1]))

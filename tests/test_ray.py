@@ -1,0 +1,61 @@
+"A sweep on a real cluster of two nodes, one of which is killed in the middle of a run."
+import runpy
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from bavq.core import BavqError, RunConfig
+from bavq.data import cache_dir
+from bavq.experiments import Ray, as_task, collect, run, sweep
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = dict(train_size=320, codebook_size=16, embedding_dim=8, hidden_channels=8, residual_blocks=1, epochs=1, batch_size=32)
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_a_machine_is_killed_and_its_run_goes_on(tmp_path):
+    pytest.importorskip("ray", reason="Ray is not installed: pip install 'bavq[ray]'")
+    found = runpy.run_path(str(ROOT / "benchmarks" / "recovery.py"))["recover"](tmp_path)
+    killed = next(e for e in found["events"] if e["event"] == "machine killed")
+    again = [e for e in found["events"] if e["event"] == "started" and e["run"] == killed["run"]]
+    assert [e["machine"] == killed["machine"] for e in again] == [True, False]
+    assert again[1]["epochs"] >= killed["epochs"] >= 3, "the run was begun anew instead of resumed"
+    assert not found["failures"] and found["runs"] == 2
+    assert all(found["equal_to_one_machine"].values()), found["equal_to_one_machine"]
+    assert not list((tmp_path / "cluster").glob(".sweep-*"))
+
+
+def test_ray_is_an_extra(tmp_path, monkeypatch):
+    "Without Ray the message says what to install; a finished run needs no cluster to be read."
+    config = RunConfig(name="one", quantizer="vq_ema", **TINY)
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(BavqError, match=r"pip install 'bavq\[ray\]'"): sweep([config], tmp_path / "runs", progress=False, engine="ray")
+    assert not (tmp_path / "runs").exists()
+    before = sweep([config], tmp_path / "runs", progress=False)
+    assert sweep([config], tmp_path / "runs", progress=False, engine=Ray()) == before
+
+
+def test_files_of_a_run_travel_where_no_folder_is_shared(tmp_path, monkeypatch):
+    "A task that does not see the sweep's folder trains elsewhere; `collect` puts the files in place."
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace())
+    config, out = RunConfig(name="one", quantizer="vq_ema", **TINY), tmp_path / "runs"
+    before = set((cache_dir() / "sweeps").glob("*"))
+    sent = as_task(config, dict(out=out, record=None, progress=False), out / ".sweep-not-here", 1, Path.cwd())
+    for place in set((cache_dir() / "sweeps").glob("*")) - before: shutil.rmtree(place)
+    assert not out.exists()
+    name, metrics, error = collect(SimpleNamespace(get=lambda ref: ref, exceptions=SimpleNamespace(RayError=OSError)), sent, out / "one", tmp_path / "records")
+    assert (name, error) == ("one", "") and len(list((tmp_path / "records").iterdir())) == 1
+    assert run(config, out, resume=True) == metrics
+    assert sorted(p.name for p in (out / "one").iterdir() if p.name != ".lock") == sorted(sent[1])
