@@ -159,28 +159,22 @@ def require_same(
     differ = [f"{k} {old[k]!r}, now {v!r}" for k, v in asdict(config).items() if k not in free and old[k] != v]
     require(not differ, f"{where} belongs to another configuration ({'; '.join(differ)}): give the same values, or another name")
 
-# %% ../nbs/00_core.ipynb #1143295f
+# %% ../nbs/00_core.ipynb #fb0f9087
 _NOT_IN_ID = {"name", "seed", "data_root", "workers", "checkpoint_every", "wandb"}
 
-def config_id(
-    c: RunConfig,  # a configuration
-) -> str:
+def config_id(c: RunConfig) -> str:
     "A short name of the experiment: readable parts, then a hash of what differs from the defaults and changes the outcome, but the seed."
     default = asdict(RunConfig())
     d = {k: v for k, v in asdict(c).items() if k not in _NOT_IN_ID and v != default[k]}
     digest = hashlib.sha256(json.dumps(d, sort_keys=True).encode()).hexdigest()[:8]
     return f"{Path(c.data).stem}-{c.quantizer}-k{c.codebook_size}-{digest}"
 
-def run_name(
-    c: RunConfig,  # a configuration
-) -> str:
+def run_name(c: RunConfig) -> str:
     "The folder name of a run: its `name`, or the experiment's id and the seed."
     return c.name or f"{config_id(c)}-s{c.seed}"
 
-# %% ../nbs/00_core.ipynb #0f10d304
-def set_seed(
-    seed: int,  # 0 or more
-) -> None:
+# %% ../nbs/00_core.ipynb #68d2f276
+def set_seed(seed: int) -> None:
     "Seed Python's, NumPy's and PyTorch's generators."
     random.seed(seed); np.random.seed(seed % 2**32); torch.manual_seed(seed)
 
@@ -190,9 +184,7 @@ def get_rng_state() -> dict:
     return dict(python=_to_list(random.getstate()), numpy=[torch.tensor(keys.astype(np.int64)), pos, has_gauss, gauss], torch=torch.get_rng_state(),
                 cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
 
-def set_rng_state(
-    state: dict,  # what `get_rng_state` returned
-) -> None:
+def set_rng_state(state: dict) -> None:
     "Put every generator back where it was."
     version, keys, gauss = state["python"]
     random.setstate((version, tuple(keys), gauss))
@@ -330,17 +322,13 @@ def only_writer(
         for part in folder.glob(f".*{PART}"): part.unlink(missing_ok=True)
         yield
 
-# %% ../nbs/00_core.ipynb #53a9ea75
-def checkpoints(
-    folder: Path,  # of a run
-) -> list[Path]:
+# %% ../nbs/00_core.ipynb #facab5fe
+def checkpoints(folder: Path) -> list[Path]:
     "The checkpoints in a folder, oldest first: by epoch and step, whatever the clock said."
     number = lambda p: [int(n) for n in p.stem.removeprefix("checkpoint_epoch").split("_step") if n.isdecimal()]
     return sorted((p for p in Path(folder).glob("checkpoint_epoch*.pt") if number(p)), key=number)
 
-def newest_checkpoint(
-    folder: Path,  # of a run
-) -> dict | None:
+def newest_checkpoint(folder: Path) -> dict | None:
     "The newest checkpoint that can be read; None where there is none."
     for path in reversed(checkpoints(folder)):
         try:
@@ -349,10 +337,8 @@ def newest_checkpoint(
             return state
         except BavqError as e: warnings.warn(f"{e}; going back to the one before")
 
-# %% ../nbs/00_core.ipynb #69618d29
-def read_history(
-    folder: str | Path,  # of a run
-) -> list[dict]:
+# %% ../nbs/00_core.ipynb #3b79e88f
+def read_history(folder: str | Path) -> list[dict]:
     "The entries of a run's finished epochs."
     path, entries = Path(folder) / "history.jsonl", []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:

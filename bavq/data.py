@@ -20,20 +20,16 @@ from torchvision.transforms.v2 import functional as TF
 from .core import BavqError, atomic_write, require, typed, as_numbers
 
 # %% auto #0
-__all__ = ['PHOTOS', 'PHOTO_COUNTS', 'SIDES', 'HELD_OUT', 'TORCHVISION', 'PIXEL_LIMIT', 'MEMORY_LIMIT', 'DEVICE_LIMIT',
-           'gaussian_source', 'bernoulli_source', 'mixture_source', 'ImageData', 'normalize', 'denormalize',
-           'cache_dir', 'read_arrays', 'cached', 'photo_path', 'held_out_blocks', 'photo_boxes', 'build_photos',
-           'load_photos', 'load_torchvision', 'load_arrays', 'read_image', 'open_folder', 'load_folder', 'load_images',
-           'epoch_order', 'Batches', 'StreamedBatches', 'get_dataloaders']
+__all__ = ['PHOTOS', 'PHOTO_COUNTS', 'SIDES', 'HELD_OUT', 'TORCHVISION', 'MEMORY_LIMIT', 'DEVICE_LIMIT', 'gaussian_source',
+           'bernoulli_source', 'mixture_source', 'ImageData', 'normalize', 'denormalize', 'cache_dir', 'read_arrays',
+           'cached', 'photo_path', 'held_out_blocks', 'photo_boxes', 'build_photos', 'load_photos', 'load_torchvision',
+           'load_arrays', 'read_image', 'open_folder', 'load_folder', 'load_images', 'epoch_order', 'Batches',
+           'StreamedBatches', 'get_dataloaders']
 
-# %% ../nbs/02_data.ipynb #a5a0be55
+# %% ../nbs/02_data.ipynb #c21e9b56
 @typed
-def gaussian_source(
-    n: int,            # samples
-    cov_or_dim=1,      # a dimension D (unit variances), D variances, or a [D, D] covariance, singular or not
-    seed: int = 0,     # of the sample
-) -> torch.Tensor:     # [n, D]
-    "Zero-mean Gaussian vectors; `bavq.rate_distortion.gaussian_rd` is their R(D)."
+def gaussian_source(n: int, cov_or_dim=1, seed: int = 0) -> torch.Tensor:
+    "Zero-mean Gaussian vectors [n, D]: of D unit variances, of D variances, or of a [D, D] covariance, singular or not; `bavq.rate_distortion.gaussian_rd` is their R(D)."
     cov = torch.eye(max(cov_or_dim, 0)) if isinstance(cov_or_dim, int) else as_numbers(cov_or_dim, "cov_or_dim").float()
     if cov.ndim == 1: cov = cov.diag()
     require(cov.ndim == 2 and len(cov) and torch.equal(cov, cov.T), f"the covariance is {list(cov.shape)}: give D at least 1, D variances or a symmetric [D, D], without NaN")
@@ -45,7 +41,7 @@ def _generator(n, seed):
     require(n >= 1, f"n is {n}: draw at least 1 sample")
     return torch.Generator().manual_seed(seed)
 
-# %% ../nbs/02_data.ipynb #78fc9572
+# %% ../nbs/02_data.ipynb #45012a93
 @typed
 def bernoulli_source(n: int, p: float = 0.5, seed: int = 0) -> torch.Tensor:
     "Biased coin flips, [n, 1] zeros and ones; `bavq.rate_distortion.bernoulli_rd` is their R(D) under Hamming distortion."
@@ -53,14 +49,8 @@ def bernoulli_source(n: int, p: float = 0.5, seed: int = 0) -> torch.Tensor:
     return (torch.rand(n, 1, generator=_generator(n, seed)) < p).float()
 
 @typed
-def mixture_source(
-    n: int,                   # samples
-    num_components: int = 8,  # equally likely Gaussians
-    dim: int = 2,             # D
-    spread: float = 0.1,      # standard deviation of each Gaussian
-    seed: int = 0,            # of the sample; the means are always the same
-) -> torch.Tensor:            # [n, D]
-    "A mixture of Gaussians whose means are spread evenly (Sobol points) over a cube of unit variance."
+def mixture_source(n: int, num_components: int = 8, dim: int = 2, spread: float = 0.1, seed: int = 0) -> torch.Tensor:
+    "A mixture [n, dim] of equally likely Gaussians of standard deviation `spread`, whose means, whatever the seed, are spread evenly (Sobol points) over a cube of unit variance."
     require(num_components >= 1 and dim >= 1, f"{num_components} components in {dim} dimensions: give at least 1 of each")
     g = _generator(n, seed)
     means = torch.quasirandom.SobolEngine(dim, scramble=True, seed=0).draw(num_components) * 12**0.5 - 3**0.5
@@ -236,15 +226,13 @@ def _channels_second(x, what):
     require(x.shape[1] in (1, 3) or x.shape[3] in (1, 3), f"{what} has images of {list(x.shape[1:])}: give 1 or 3 channels, first or last")
     return x if x.shape[1] in (1, 3) else x.transpose(0, 3, 1, 2)
 
-# %% ../nbs/02_data.ipynb #76cdd1ca
-PIXEL_LIMIT = 2**27   # of one image: a small file may claim any number
-
+# %% ../nbs/02_data.ipynb #aa4478f7
 def read_image(path: str, size: int = 0) -> Image.Image:
     "A picture file as upright 8-bit RGB, shrunk and cropped to a square of side `size` (0: as it is)."
     try:
         with Image.open(path) as im:
             if im.mode[0] in "IF": raise ValueError("it has more than 8 bits a channel")
-            if im.width * im.height > PIXEL_LIMIT: raise ValueError(f"it has {im.width} by {im.height} pixels")
+            if im.width * im.height > Image.MAX_IMAGE_PIXELS: raise ValueError(f"it has {im.width} by {im.height} pixels")
             im = ImageOps.exif_transpose(im).convert("RGB")
     except Exception as e:   # each decoder has errors of its own
         raise BavqError(f"the image {path} cannot be read ({_line(e)}): replace or remove it") from None
@@ -350,7 +338,7 @@ class Batches:
     def __iter__(self):
         for i in self.indices(): yield normalize(self.images[i].to(self.device)), self.labels[i].to(self.device)
 
-# %% ../nbs/02_data.ipynb #36aab071
+# %% ../nbs/02_data.ipynb #5e4820ae
 class StreamedBatches(Batches):
     "`Batches` of a data set of (uint8 image, label) pairs that worker processes decode anew in every epoch."
     def __init__(self, dataset, workers: int = 0, **options):
@@ -365,8 +353,7 @@ class StreamedBatches(Batches):
         except BavqError as e:   # a worker's error carries its traceback along
             raise BavqError(str(e).strip().splitlines()[-1].rpartition("BavqError: ")[2]) from None
         except RuntimeError as e:
-            if "DataLoader worker" not in str(e): raise
-            raise BavqError("a loader process was killed, perhaps for lack of memory: resume the run, with fewer workers") from None
+            raise e if "DataLoader worker" not in str(e) else BavqError("a loader process was killed, perhaps for lack of memory: resume the run, with fewer workers") from None
 
 # %% ../nbs/02_data.ipynb #22f748ba
 @typed

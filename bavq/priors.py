@@ -18,7 +18,7 @@ __all__ = ['PRIORS', 'Prior', 'nats', 'check_grids', 'Condition', 'filter_logits
            'masked_counts', 'MaskGIT', 'random_masks', 'masked_nats', 'sample_masked', 'sample_levels', 'make_prior',
            'load_prior', 'model_hash']
 
-# %% ../nbs/16_priors.ipynb #37ef88a1
+# %% ../nbs/16_priors.ipynb #ae11e330
 class Prior(nn.Module):
     "A distribution over grids of codes [B, H, W], one code after the other in raster order; a subclass computes the logits."
     causal = True   # the logits of a code depend on the codes before it alone
@@ -32,8 +32,7 @@ class Prior(nn.Module):
         top_embeddings: int = 0,  # codes of the coarser grids it is conditioned on; 0: none
     ):
         super().__init__()
-        ok = isinstance(grid, (tuple, list)) and len(grid) == 2 and all(is_whole(n) and n >= 1 for n in grid)
-        require(num_embeddings >= 2 and ok, f"{num_embeddings} codes on a grid {grid}: give at least 2 codes, and (H, W)")
+        require(num_embeddings >= 2 and isinstance(grid, (tuple, list)) and len(grid) == 2 and all(is_whole(n) and n >= 1 for n in grid), f"{num_embeddings} codes on a grid {grid}: give at least 2 codes, and (H, W)")
         require(channels >= 16 and channels % 16 == 0 and channels < 2**20 and 1 <= layers < 2**10, f"{channels} channels, {layers} layers: give a multiple of 16, and at least 1 layer")
         self.num_embeddings, self.grid, self.length = num_embeddings, tuple(grid), grid[0] * grid[1]
         self.condition = Condition(channels, grid, num_classes, top_embeddings)

@@ -38,12 +38,11 @@ def _check_module(quantizer, options):
             f"quantizer is of type {type(quantizer).__name__}: give a registered name, or a quantizer module that check_quantizer accepts")
     require(not options, f"{', '.join(options)} given with a quantizer that is already made: set them where it is made, or give its name")
 
-# %% ../nbs/11_vqvae.ipynb #eaba9e9c
+# %% ../nbs/11_vqvae.ipynb #744b4156
 class VQVAE(nn.Module):
     "Encoder, quantizer, decoder (van den Oord et al. 2017). Images [B, C, H, W] in [-1, 1], H and W multiples of 4."
     @typed
-    def __init__(self,
-                 quantizer: str | nn.Module = "vq_ema",  # a registered name, or a module that keeps the contract
+    def __init__(self, quantizer: str | nn.Module = "vq_ema",  # a registered name, or a module that keeps the contract
                  codebook_size: int = 512,     # K; a module brings its own
                  embedding_dim: int = 256,     # D; a module brings its own
                  in_channels: int = 3,         # C, of the images

@@ -19,7 +19,18 @@ import bavq.core
 import bavq.data
 import bavq.training
 from bavq.cli import main
-from bavq.core import BavqError, DiskError, Interrupted, RunConfig, checkpoints, newest_checkpoint, read_history, read_weights, stop_signals, write_json
+from bavq.core import (
+    BavqError,
+    DiskError,
+    Interrupted,
+    RunConfig,
+    checkpoints,
+    newest_checkpoint,
+    read_history,
+    read_weights,
+    stop_signals,
+    write_json,
+)
 from bavq.data import Batches, Image, epoch_order, get_dataloaders
 from bavq.experiments import run
 from bavq.prior_training import Codes, PriorConfig, fit_prior

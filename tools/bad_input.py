@@ -15,7 +15,6 @@ import sys
 import tempfile
 import time
 import warnings
-import zipfile
 from collections import Counter
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -30,7 +29,7 @@ import bavq.data as data
 import bavq.rate_distortion as rd
 import bavq.remedies as remedies
 from bavq.cli import main
-from bavq.core import BavqError, RunConfig, check_config, config_from_dict, newest_checkpoint, read_json, read_weights, write_json
+from bavq.core import BavqError, RunConfig, check_config, config_from_dict, read_json, read_weights, write_json
 from bavq.experiments import environment, load_results, read_config, run, sweep
 from bavq.prior_training import PriorConfig, prepare_prior
 from bavq.priors import load_prior, make_prior

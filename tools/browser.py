@@ -147,13 +147,15 @@ def run_all(page, url, token, name, tmp, patience):
 def saved_problem(page, path, patience=20):
     "What the notebook that JupyterLab saved says: the first error, or a cell that was not run."
     for _ in range(4 * patience):
-        cells = [c for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code" and c.source.strip()]
+        page.wait_for_timeout(250)
+        try: nb = nbformat.read(path, as_version=4)
+        except nbformat.reader.NotJSONError: continue  # half-written
+        cells = [c for c in nb.cells if c.cell_type == "code" and c.source.strip()]
         errors = [o for c in cells for o in c.outputs if o.output_type == "error"]
         if errors: return "\n".join(errors[0].traceback[-6:]) or f"{errors[0].ename}: {errors[0].evalue}"
         left = sum(c.execution_count is None for c in cells)
         if not left: return ""
-        page.wait_for_timeout(250)
-    return f"{left} of {len(cells)} code cells have not run"
+    return "some code cells have not run, or the notebook was not saved"
 
 
 def look(page, name, where=None):

@@ -19,8 +19,8 @@ from collections import Counter
 from pathlib import Path
 
 os.environ |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-import numpy as np
 import accelerate.scheduler  # noqa: F401  (imported here, so that no child has to)
+import numpy as np
 import sklearn.cluster  # noqa: F401
 import torch
 import torch._dynamo  # noqa: F401
