@@ -179,7 +179,7 @@ class PixelCNN(Prior):
         for layer in self.layers: v, h = layer(v, h, c)
         return self.head(h).permute(0, 2, 3, 1)
 
-# %% ../nbs/16_priors.ipynb #5e485668
+# %% ../nbs/16_priors.ipynb #3a324ceb
 class Block(nn.Module):
     "A Transformer layer, normalised before attention and before its two linear layers; heads of 16 channels."
     def __init__(self, channels: int):
@@ -198,11 +198,8 @@ class Block(nn.Module):
         x = x + self.out(a.transpose(1, 2).flatten(2))
         return x + self.mlp(x)
 
-def sines(
-    grid: tuple[int, int],  # (H, W)
-    channels: int,          # C, a multiple of 4
-) -> Tensor:                    # [H·W, C]
-    "Sines and cosines of the row in one half of the channels, and of the column in the other."
+def sines(grid: tuple[int, int], channels: int) -> Tensor:
+    "Sines and cosines [H·W, C] of the row of a grid (H, W) in one half of the channels, a multiple of 4, and of the column in the other."
     H, W = grid
     angles = torch.arange(max(grid))[:, None] / 20 ** (torch.arange(channels // 4) / (channels // 4))
     line = torch.cat([angles.sin(), angles.cos()], dim=1)
