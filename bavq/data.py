@@ -20,7 +20,7 @@ from torchvision.transforms.v2 import functional as TF
 from .core import BavqError, atomic_write, require, typed, as_numbers
 
 # %% auto #0
-__all__ = ['PHOTOS', 'PHOTO_COUNTS', 'SIDES', 'HELD_OUT', 'TORCHVISION', 'MEMORY_LIMIT', 'DEVICE_LIMIT', 'gaussian_source',
+__all__ = ['MEMORY_LIMIT', 'DEVICE_LIMIT', 'PHOTOS', 'PHOTO_COUNTS', 'SIDES', 'HELD_OUT', 'TORCHVISION', 'gaussian_source',
            'bernoulli_source', 'mixture_source', 'ImageData', 'normalize', 'denormalize', 'cache_dir', 'read_arrays',
            'cached', 'photo_path', 'held_out_blocks', 'photo_boxes', 'build_photos', 'load_photos', 'load_torchvision',
            'load_arrays', 'read_image', 'open_folder', 'load_folder', 'load_images', 'epoch_order', 'Batches',
@@ -76,10 +76,12 @@ def denormalize(x: torch.Tensor) -> torch.Tensor:
     "What is looked at and measured: [0, 1], clamped, from about [-1, 1]."
     return ((x + 1) / 2).clamp(0, 1)
 
-# %% ../nbs/02_data.ipynb #40666afe
+# %% ../nbs/02_data.ipynb #ea792507
 def cache_dir() -> Path:
     "Where built and downloaded sets are kept: `$BAVQ_CACHE`, or `bavq` in `$XDG_CACHE_HOME`, or `~/.cache/bavq`."
     return Path(os.environ.get("BAVQ_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "bavq")).expanduser()
+
+MEMORY_LIMIT, DEVICE_LIMIT = 4 * 2**30, 2**30   # bytes; larger: a folder is streamed; images stay in main memory
 
 def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
     "All arrays of an .npz file, or the one of an .npy file, checksums verified; a `BavqError` where it is not whole."
@@ -253,9 +255,7 @@ def open_folder(path: str, size: int = 0) -> tuple[datasets.ImageFolder, dataset
     for s in sets: s.loader, s.transform = partial(read_image, size=size), TF.pil_to_tensor
     return train, test, size
 
-# %% ../nbs/02_data.ipynb #db1083af
-MEMORY_LIMIT, DEVICE_LIMIT = 4 * 2**30, 2**30   # bytes; larger: a folder is streamed; images stay in main memory
-
+# %% ../nbs/02_data.ipynb #bb5baf07
 def load_folder(path: str, size: int = 0) -> ImageData:
     "A folder of images, as `open_folder` reads it, decoded once into memory."
     train, test, size = open_folder(path, size)

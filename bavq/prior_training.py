@@ -247,7 +247,7 @@ def train_prior(
     folder = Path(run) / "priors" / (config.name or config.kind)
     return fit_prior(config, extract_codes(run, data_root), folder, resume, progress)
 
-# %% ../nbs/27_prior_training.ipynb #a7bff26b
+# %% ../nbs/27_prior_training.ipynb #f7437b03
 def sample_images(
     folder: str | Path,  # of a trained prior, in priors/ of its run
     n: int = 8,          # images of each class
@@ -285,5 +285,8 @@ def save_samples(
     **options,             # of the prior's `sample`
 ) -> Path:
     "Write `samples_figure` as PNG."
+    from matplotlib.pyplot import close
     fig = samples_figure(folder, n, seed, **options)
-    return atomic_write(out or Path(folder) / "samples.png", lambda f: fig.savefig(f, format="png", dpi=120))
+    path = atomic_write(out or Path(folder) / "samples.png", lambda f: fig.savefig(f, format="png", dpi=120))
+    close(fig)
+    return path
