@@ -247,7 +247,7 @@ def train_prior(
     folder = Path(run) / "priors" / (config.name or config.kind)
     return fit_prior(config, extract_codes(run, data_root), folder, resume, progress)
 
-# %% ../nbs/27_prior_training.ipynb #f7437b03
+# %% ../nbs/27_prior_training.ipynb #ea6258c0
 def sample_images(
     folder: str | Path,  # of a trained prior, in priors/ of its run
     n: int = 8,          # images of each class
@@ -285,8 +285,8 @@ def save_samples(
     **options,             # of the prior's `sample`
 ) -> Path:
     "Write `samples_figure` as PNG."
-    from matplotlib.pyplot import close
+    from bavq.plots import plt
     fig = samples_figure(folder, n, seed, **options)
     path = atomic_write(out or Path(folder) / "samples.png", lambda f: fig.savefig(f, format="png", dpi=120))
-    close(fig)
+    plt.close(fig)
     return path
