@@ -358,6 +358,6 @@ def read_config(
     import yaml
     try: d = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as e: raise BavqError(f"{path} cannot be read ({type(e).__name__}): check the path") from None
-    except yaml.YAMLError as e: raise BavqError(f"{path} is not YAML ({' '.join(str(e).split())[:120]}): write one `name: value` a line") from None
+    except (yaml.YAMLError, RecursionError) as e: raise BavqError(f"{path} is not YAML ({' '.join(str(e).split())[:120]}): write one `name: value` a line") from None
     require(isinstance(d, dict) and all(isinstance(k, str) for k in d), f"{path} holds no names and values: write one `name: value` a line")
     return config_from_dict(d, base)
