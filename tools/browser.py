@@ -118,11 +118,14 @@ def voila(tmp, port):
 
 def press_run(page):
     "Run, Run All Cells; once more where the kernel was not there yet, and JupyterLab asked which one to take."
+    from playwright.sync_api import TimeoutError as Late
     accept, begun = page.locator(".jp-Dialog .jp-mod-accept"), page.locator(".jp-CodeCell .jp-InputPrompt", has_text=re.compile(r"\[[*\d]+\]"))
     for _ in range(6):
         if accept.count(): accept.first.click(); page.wait_for_timeout(3000)
-        page.get_by_role("menuitem", name="Run", exact=True).click()
-        page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+        try:
+            page.get_by_role("menuitem", name="Run", exact=True).click(timeout=5000)
+            page.get_by_role("menuitem", name="Run All Cells", exact=True).click(timeout=5000)
+        except Late: continue   # the question came in between
         for _ in range(80):
             if begun.count(): return
             if accept.count(): break
