@@ -27,15 +27,6 @@ def save_steps(folder):
         torch.save(first_steps(RunConfig(quantizer=q, **TINY), STEPS, torch.float64), folder / f"{q}-{os.environ['RANK']}.pt")
 
 
-@pytest.fixture
-def one_thread(monkeypatch):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def halves(tmp_path_factory):
     "Two processes, each with half of every batch."

@@ -6,7 +6,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 from bavq.core import BavqError, RunConfig
 from bavq.data import cache_dir
@@ -15,14 +14,7 @@ from bavq.experiments import Ray, as_task, collect, run, sweep
 ROOT = Path(__file__).resolve().parent.parent
 TINY = dict(train_size=320, codebook_size=16, embedding_dim=8, hidden_channels=8, residual_blocks=1, epochs=1, batch_size=32)
 
-
-@pytest.fixture(autouse=True)
-def one_thread(monkeypatch):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_a_machine_is_killed_and_its_run_goes_on(tmp_path):

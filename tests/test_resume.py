@@ -28,14 +28,7 @@ def command(name, out, **more):
 def start(*args): return subprocess.Popen([sys.executable, "-c", MAIN, *args], env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-@pytest.fixture(autouse=True)
-def cpu(monkeypatch):
-    "This process trains as its children do: on the CPU, with one thread."
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def lines(folder):
