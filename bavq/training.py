@@ -124,7 +124,7 @@ def make_accelerator(
     except (ValueError, ImportError) as e:
         raise BavqError(f"precision {config.precision} does not work on this machine ({' '.join(str(e).split())}): give no or bf16") from None
 
-# %% ../nbs/12_training.ipynb #4aa3fe4d
+# %% ../nbs/12_training.ipynb #5172d8aa
 @dataclass
 class Training:
     "A run in memory: what the configuration made, and how far it has come."
@@ -152,7 +152,7 @@ def prepare(
     steps = config.epochs * len(loaders[0])
     require(config.warmup_steps < steps, f"warmup_steps is {config.warmup_steps}, but training has {steps} steps: give fewer")
     model = build_model(config, loaders[0].channels)
-    net, optimizer = accelerator.prepare(nn.Sequential(model), torch.optim.AdamW(model.parameters(), config.lr))
+    net, optimizer = accelerator.prepare(nn.Sequential(model), torch.optim.AdamW(model.parameters(), config.lr, fused=True))
     return Training(config, accelerator, model, net, optimizer, *loaders)
 
 # %% ../nbs/12_training.ipynb #f54f8d41

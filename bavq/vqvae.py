@@ -157,7 +157,7 @@ class VQVAE2(nn.Module):
     def anneal(self, progress: float) -> None:
         for q in (self.quantizer_top, self.quantizer): q.anneal(progress)
 
-# %% ../nbs/11_vqvae.ipynb #7449c08f
+# %% ../nbs/11_vqvae.ipynb #d6a54be3
 def build_model(
     config: RunConfig,  # quantizer, sizes, seed
     channels: int = 3,  # C of the images
@@ -169,4 +169,4 @@ def build_model(
     set_seed(c.seed)
     model = (VQVAE2 if c.levels == 2 else VQVAE)(tuple(made) if c.levels == 2 else made[0], in_channels=channels, hidden_channels=c.hidden_channels, residual_blocks=c.residual_blocks)
     set_seed(c.seed)
-    return model
+    return model.to(memory_format=torch.channels_last)

@@ -87,6 +87,18 @@ def evaluation(size, device):
     return dict(N=size["N"], D=size["D"], seconds=seconds)
 
 
+def sampling(size, device):
+    "Latents from grids of indices, as a prior's samples become them, by number of codes."
+    def looked_up(K):
+        grids = torch.randint(K, (size["N"] // 64, 8, 8), generator=torch.Generator().manual_seed(1)).to(device)
+        ours, peer = quantizer("vq_ema", K, size["D"], device).eval(), quantizer("peer_plain", K, size["D"], device).eval()
+        with torch.no_grad():
+            arms = dict(vq_ema=lambda r: ours.decode(grids), peer_plain=lambda r: peer.get_output_from_indices(grids).movedim(-1, 1).contiguous())
+            assert arms["vq_ema"](0).shape == arms["peer_plain"](0).shape
+            return interleaved(arms, 4 * size["rounds"], device)
+    return dict(N=size["N"], D=size["D"], seconds={str(K): looked_up(K) for K in size["codes"]})
+
+
 def scaling(size, device):
     "A training step by number of latents and by their dimension."
     arms, K = ["vq_ema", "ba_vq", "peer_plain"], size["K"]
@@ -159,7 +171,7 @@ def figure(folder, path):
     print(path)
 
 
-PARTS = dict(memory=memory, step=step, evaluation=evaluation, scaling=scaling, aids=aids, compiler=compiler)  # memory first: it forks while this process is small
+PARTS = dict(memory=memory, step=step, evaluation=evaluation, sampling=sampling, scaling=scaling, aids=aids, compiler=compiler)  # memory first: it forks while this process is small
 
 
 def main():
