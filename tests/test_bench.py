@@ -24,7 +24,7 @@ def folder(tmp_path_factory):
 
 def test_every_part_is_recorded(folder):
     bench = load_bench(folder)
-    assert set(bench) == {"memory", "step", "evaluation", "scaling", "aids"}
+    assert set(bench) == {"memory", "step", "evaluation", "sampling", "scaling", "aids"}
     for name, part in bench.items():
         assert part["clock"] == "processor" and part["environment"]["versions"]["vector-quantize-pytorch"], name
 
@@ -50,3 +50,13 @@ def test_precision_is_an_island(folder):
 def test_the_figure_is_drawn(folder):
     assert (folder / "bench.png").stat().st_size > 1000
     assert len(draw_steps(folder).axes) == 2
+
+
+def test_the_training_loops_have_the_same_losses(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import training
+    from bavq.data import get_dataloaders
+    config = training.replace(training.NETWORKS["tiny"], train_size=640)
+    todo = training.arms(config, get_dataloaders("photos", 64, train_size=640)[0], tmp_path)
+    found = training.compare_losses({name: training.first_steps(data, epoch) for name, (data, epoch) in todo.items()})  # says where they differ
+    assert found[training.PLAIN] == found["pictures from memory"] == 0 and found["the package"] < training.TOLERANCE < found[training.PEER]
