@@ -161,7 +161,7 @@ def sweep(
 
 def check_sweep(configs: list[RunConfig], jobs: int, engine: str | Ray) -> tuple[list[str], Ray | None]:
     "The names of the runs, and the cluster if there is one; or a `BavqError`."
-    require(jobs >= 1, f"jobs is {jobs}: give at least 1")
+    require(isinstance(jobs, int) and jobs >= 1, f"jobs is {jobs}: give a whole number, at least 1")
     cluster = choose(engine, dict(local=None, ray=Ray()), "engine") if isinstance(engine, str) else engine
     require(jobs == 1 or not cluster, f"jobs is {jobs}, but on a cluster its machines decide: give cpus and gpus of a run, as Ray(cpus=2)")
     names = [run_name(check_config(c)) for c in configs]
