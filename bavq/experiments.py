@@ -129,7 +129,7 @@ class Ray:
     gpus: float = 0    # GPUs; 0.25: four runs share one; 0: the run is on the CPU
     retries: int = 2   # of a run whose process or machine is lost
 
-# %% ../nbs/13_experiments.ipynb #357d962f
+# %% ../nbs/13_experiments.ipynb #10d93b22
 class Sweep(NamedTuple):
     "What became of the runs, by name."
     metrics: dict[str, dict]  # final metrics of each complete run
@@ -349,7 +349,7 @@ def study_configs(
     return [replace(study.base, quantizer=q, codebook_size=K, options=study.base.options | o, seed=s)
             for s in range(study.seeds) for K, o in arms for q in study.quantizers]
 
-# %% ../nbs/13_experiments.ipynb #a3c61657
+# %% ../nbs/13_experiments.ipynb #1d4053f3
 def read_config(
     path: str | Path,               # of a YAML file
     base: RunConfig = RunConfig(),  # where the other values come from
