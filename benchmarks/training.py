@@ -1,12 +1,12 @@
 """Images per second of the training loop, beside the straightforward one: python benchmarks/training.py [--network study] [--rounds 7] [--quick]
 
 The straightforward loop is the one of most examples: torchvision's ImageFolder in a DataLoader opens each picture with PIL and turns it to floats, the
-memory format and the optimizer are the default ones, and losses are fetched after every step. The arms change one thing after another; the package is
-`bavq.training` as it stands. All have the same quantizer but the first, which has that of vector-quantize-pytorch, and the last. All train the same network on the
-same images in the same order, by turns, an epoch each, so that a busy machine slows all alike: ratios are medians over rounds of one run. The losses of
-the first steps are compared, with the same random numbers; later, rounding puts a latent to another code, and runs slowly part. On one thread of a
-processor a second is one of processor time; on several threads, and on a GPU, one of the clock. Writes results/bench/training.json, on a GPU
-training-cuda.json."""
+memory format and the optimizer are the default ones, losses are fetched after every step, and VQ-EMA is written with a table of distances and a one-hot
+matrix. The arms change one thing after another; the package is `bavq.training` as it stands. Beside them stand the straightforward loop around the
+quantizer of vector-quantize-pytorch, the package in bfloat16, and with BA-VQ. All train the same network on the same images in the same order, by turns,
+an epoch each, so that a busy machine slows all alike: ratios are medians over rounds of one run. The losses of the first steps are compared, with the
+same random numbers; later, rounding puts a latent to another code, and runs slowly part. On one thread of a processor a second is one of processor
+time; on several threads, and on a GPU, one of the clock. Writes results/bench/training.json, on a GPU training-cuda.json."""
 import argparse
 import itertools
 import json
@@ -19,6 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
@@ -26,7 +27,9 @@ from torchvision import datasets, transforms
 from bavq.core import RunConfig, set_seed, write_json
 from bavq.data import get_dataloaders, load_images
 from bavq.experiments import cores
+from bavq.quantizer import Quantized, from_rows, initialise, latent_rows, register_quantizer, squared_distances
 from bavq.training import build_model, loss_terms, make_accelerator, prepare, train_epoch
+from bavq.vq_ema import VQEMAQuantizer, restart
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT, QUICK = ROOT / "results/bench", ROOT / "experiments/bench-quick"
@@ -62,6 +65,22 @@ class InMemory:
     def __getitem__(self, i): return self.transform(Image.fromarray(self.arrays[i])), 0
 
 
+@register_quantizer("vq_ema_dense")
+class DenseVQEMA(VQEMAQuantizer):
+    "VQ-EMA as most examples write it: a table of all distances, a one-hot matrix, and products with it."
+    def forward(self, z):
+        x, K = latent_rows(self, z), self.num_embeddings
+        if self.training and not self._ready: initialise(self, x.detach())
+        one_hot = F.one_hot(squared_distances(x, self.codebook).argmin(1), K).to(x.dtype)
+        e = one_hot @ self.codebook
+        losses, z_q = self.losses(x, e), self.estimate(x, e)
+        if self.training:
+            with torch.no_grad(): self.book.absorb(one_hot.sum(0), one_hot.T @ x); restart(self.book, x, self.restart_below)
+        p = one_hot.mean(0)
+        metrics = dict(code_indices=from_rows(one_hot.argmax(1), z.shape), perplexity=torch.exp(-(p * (p + 1e-10).log()).sum()), usage_rate=(p > 0).float().mean())
+        return Quantized(from_rows(z_q, z.shape), losses, metrics)
+
+
 def fetch_each(losses): return {k: v.item() for k, v in losses.items()}
 def leave(losses): return {k: v.detach() for k, v in losses.items()}
 
@@ -95,7 +114,8 @@ def arms(config, loader, folder):
     files, last, keep = Pictures(loader, folder), dict(memory_format=torch.channels_last), dict(keep=leave)
     return {
         PEER: (files, plain_loop(replace(config, quantizer="peer_vq"), loader, fetch_each)),
-        PLAIN: (files, plain_loop(config, loader, fetch_each)),
+        PLAIN: (files, plain_loop(replace(config, quantizer="vq_ema_dense"), loader, fetch_each)),
+        "quantizer without tables": (files, plain_loop(config, loader, fetch_each)),
         "pictures from memory": (Pictures(loader), plain_loop(config, loader, fetch_each)),
         "tensors from memory": (loader, plain_loop(config, loader, fetch_each)),
         "losses fetched once": (loader, plain_loop(config, loader, **keep)),
