@@ -55,6 +55,7 @@ def test_the_figure_is_drawn(folder):
 def test_the_training_loops_have_the_same_losses(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     import training
+
     from bavq.data import get_dataloaders
     config = training.replace(training.NETWORKS["tiny"], train_size=640)
     todo = training.arms(config, get_dataloaders("photos", 64, train_size=640)[0], tmp_path)
