@@ -60,4 +60,4 @@ def test_the_training_loops_have_the_same_losses(tmp_path, monkeypatch):
     config = training.replace(training.NETWORKS["tiny"], train_size=640)
     todo = training.arms(config, get_dataloaders("photos", 64, train_size=640)[0], tmp_path)
     found = training.compare_losses({name: training.first_steps(data, epoch) for name, (data, epoch) in todo.items()})  # says where they differ
-    assert found[training.PLAIN] == found["pictures from memory"] == 0 and found["the package"] < training.TOLERANCE < found[training.PEER]
+    assert max(v for name, v in found.items() if name not in training.OTHERS) < training.TOLERANCE and found[training.PEER] > 0
