@@ -29,7 +29,7 @@ browser-test: $(VENV)/.installed-dev ## use the reading notebooks in JupyterLab 
 
 bench: $(VENV)/.installed-dev ## time and memory beside vector-quantize-pytorch, in results/bench; small: ARGS=--quick
 	@$(BIN)/python benchmarks/quantizers.py $(ARGS)
-	@$(BIN)/python benchmarks/training.py $(ARGS)
+	@$(if $(filter-out --quick,$(ARGS)),,$(BIN)/python benchmarks/training.py $(ARGS))
 
 export: $(VENV)/.installed-dev ## write bavq/*.py from the notebooks
 	@$(BIN)/nbdev_export

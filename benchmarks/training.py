@@ -19,7 +19,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
@@ -71,13 +70,14 @@ class DenseVQEMA(VQEMAQuantizer):
     def forward(self, z):
         x, K = latent_rows(self, z), self.num_embeddings
         if self.training and not self._ready: initialise(self, x.detach())
-        one_hot = F.one_hot(squared_distances(x, self.codebook).argmin(1), K).to(x.dtype)
+        index = squared_distances(x, self.codebook).argmin(1)
+        one_hot = x.new_zeros(len(x), K).scatter_(1, index[:, None], 1)
         e = one_hot @ self.codebook
         losses, z_q = self.losses(x, e), self.estimate(x, e)
         if self.training:
             with torch.no_grad(): self.book.absorb(one_hot.sum(0), one_hot.T @ x); restart(self.book, x, self.restart_below)
         p = one_hot.mean(0)
-        metrics = dict(code_indices=from_rows(one_hot.argmax(1), z.shape), perplexity=torch.exp(-(p * (p + 1e-10).log()).sum()), usage_rate=(p > 0).float().mean())
+        metrics = dict(code_indices=from_rows(index, z.shape), perplexity=torch.exp(-(p * (p + 1e-10).log()).sum()), usage_rate=(p > 0).float().mean())
         return Quantized(from_rows(z_q, z.shape), losses, metrics)
 
 
@@ -113,7 +113,7 @@ def arms(config, loader, folder):
     "What is timed, by name: the data, and the epoch."
     files, last, keep = Pictures(loader, folder), dict(memory_format=torch.channels_last), dict(keep=leave)
     return {
-        PEER: (files, plain_loop(replace(config, quantizer="peer_vq"), loader, fetch_each)),
+        PEER: (files, plain_loop(replace(config, quantizer="peer_vq", options={"gradient": "straight_through"}), loader, fetch_each)),
         PLAIN: (files, plain_loop(replace(config, quantizer="vq_ema_dense"), loader, fetch_each)),
         "quantizer without tables": (files, plain_loop(config, loader, fetch_each)),
         "pictures from memory": (Pictures(loader), plain_loop(config, loader, fetch_each)),
