@@ -16,9 +16,9 @@ from .core import (BavqError, Interrupted, RunConfig, atomic_write, check_config
                        only_writer, read_history, read_json, read_weights, require, run_name, set_rng_state, write_json)
 
 # %% auto #0
-__all__ = ['FOUR', 'PRESETS', 'first_steps', 'environment', 'run', 'warmup_file', 'keep_warmup', 'take_warmup', 'record_run',
-           'Ray', 'Sweep', 'sweep', 'check_sweep', 'attempt', 'run_line', 'in_processes', 'as_worker', 'cores',
-           'connected', 'as_task', 'wait_until_free', 'note', 'on_ray', 'collect', 'load_results', 'Study',
+__all__ = ['FOUR', 'PRESETS', 'first_steps', 'only_process', 'environment', 'run', 'warmup_file', 'keep_warmup', 'take_warmup',
+           'record_run', 'Ray', 'Sweep', 'sweep', 'check_sweep', 'attempt', 'run_line', 'in_processes', 'as_worker',
+           'cores', 'connected', 'as_task', 'wait_until_free', 'note', 'on_ray', 'collect', 'load_results', 'Study',
            'study_configs', 'read_config']
 
 # %% ../nbs/13_experiments.ipynb #a35da819
@@ -40,6 +40,11 @@ def first_steps(
             states.append({k: torch.tensor(v) for k, v in losses.items()} | {k: v.clone() for k, v in t.model.state_dict().items()})
         return states
     finally: torch.set_default_dtype(before)
+
+# %% ../nbs/13_experiments.ipynb #4f5042fc
+def only_process(what: str) -> None:
+    "Refuse what several processes would do several times over, and into one folder."
+    require((n := int(os.environ.get("WORLD_SIZE", 1))) == 1, f"{what} was started in {n} processes: start it once, without torchrun or accelerate launch, which are for a single training run")
 
 # %% ../nbs/13_experiments.ipynb #945b1dcd
 def environment(
@@ -76,7 +81,7 @@ def run(
     if record: record_run(folder, record)
     return read_json(folder / "final_metrics.json")
 
-# %% ../nbs/13_experiments.ipynb #6cff62a4
+# %% ../nbs/13_experiments.ipynb #62c5d718
 def warmup_file(
     t,          # a `bavq.training.Training`
     out: Path,  # where the runs are
@@ -103,8 +108,7 @@ def take_warmup(t, out: Path) -> None:
     t.model.load_state_dict(state["networks"], strict=False)
     t.optimizer.load_state_dict(t.optimizer.state_dict() | dict(state=state["optimizer"]))
     set_rng_state(state["rng_state"])
-    t.history = list(state["history"])
-    t.epoch = len(t.history)
+    t.history, t.epoch = list(state["history"]), len(state["history"])
 
 # %% ../nbs/13_experiments.ipynb #9f66d17d
 def record_run(
@@ -129,7 +133,7 @@ class Ray:
     gpus: float = 0    # GPUs; 0.25: four runs share one; 0: the run is on the CPU
     retries: int = 2   # of a run whose process or machine is lost
 
-# %% ../nbs/13_experiments.ipynb #10d93b22
+# %% ../nbs/13_experiments.ipynb #9f8d08e6
 class Sweep(NamedTuple):
     "What became of the runs, by name."
     metrics: dict[str, dict]  # final metrics of each complete run
@@ -154,13 +158,13 @@ def sweep(
         tick = lambda: bar.update(sum(len(read_history(Path(out) / n)) for n in names) - bar.n)
         start = on_ray if cluster else (lambda *_: (attempt(c, options) for c in rest)) if alone else in_processes
         for name, metrics, error in chain((attempt(c, options) for c in ready), start(rest, options, cluster or jobs, tick) if rest else ()):
-            if error: outcome.failures[name] = error
-            else: outcome.metrics[name] = metrics
+            (outcome.failures if error else outcome.metrics)[name] = error or metrics
             if progress: tqdm.write(run_line(name, metrics, error)); tick()
     return outcome
 
 def check_sweep(configs: list[RunConfig], jobs: int, engine: str | Ray) -> tuple[list[str], Ray | None]:
     "The names of the runs, and the cluster if there is one; or a `BavqError`."
+    only_process("a sweep")
     require(isinstance(jobs, int) and jobs >= 1, f"jobs is {jobs}: give a whole number, at least 1")
     cluster = choose(engine, dict(local=None, ray=Ray()), "engine") if isinstance(engine, str) else engine
     require(jobs == 1 or not cluster, f"jobs is {jobs}, but on a cluster its machines decide: give cpus and gpus of a run, as Ray(cpus=2)")

@@ -55,6 +55,32 @@ def test_two_processes_are_one_at_every_step(halves, one_thread, method):
     if method == "vq_ema": assert revived(whole), "no code was revived in these steps: give more"
 
 
+TRAIN = "train --quantizer ba_vq --codebook-size 32 --embedding-dim 8 --hidden-channels 8 --residual-blocks 1 --train-size 640 --batch-size 32 --epochs 4 --warmup-steps 5"
+
+
+def two_processes(out):
+    "`bavq train` as torchrun starts it; what it prints goes into out.log."
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--no-python", sys.executable, "-c", "from bavq.cli import main; main()"]
+    with open(f"{out}.log", "w") as log:
+        return subprocess.Popen([*launch, *TRAIN.split(), "--name", "run", "--resume", "--out", str(out)], env=ENV, stdout=log, stderr=subprocess.STDOUT)
+
+
+def test_several_processes_stop_together_and_go_on(tmp_path):
+    "Two processes, stopped by a signal in mid-training and started again, end with the weights, to the bit, of two that were left alone."
+    assert two_processes(tmp_path / "whole").wait(300) == 0, (tmp_path / "whole.log").read_text()
+    printed = (tmp_path / "whole.log").read_text()
+    assert printed.count("saved in") == 1 and "arning" not in printed, printed
+    process, cut, until = two_processes(tmp_path / "cut"), tmp_path / "cut" / "run", time.time() + 240
+    while not (cut / "history.jsonl").exists():
+        assert process.poll() is None and time.time() < until, (tmp_path / "cut.log").read_text()
+        time.sleep(0.01)
+    process.terminate()
+    assert process.wait(300) != 0 and "goes on from there" in (tmp_path / "cut.log").read_text() and not (cut / "final_model.pt").exists()
+    assert two_processes(tmp_path / "cut").wait(300) == 0
+    whole, resumed = (torch.load(f / "final_model.pt") for f in (tmp_path / "whole" / "run", cut))
+    assert all(torch.equal(whole[k], resumed[k]) for k in whole)
+
+
 SWEEP = """
 from bavq.core import RunConfig
 from bavq.experiments import sweep
