@@ -46,8 +46,8 @@ METHODS = {
 COLORS = {name: s.color for name, s in METHODS.items()}
 METHOD_LABELS = {name: s.label for name, s in METHODS.items()}
 
-# %% ../nbs/01_plots.ipynb #7ba5dbd7
-_SPARE_COLORS, _SPARE_MARKERS, _SPARE_LINES = ["#994433", "#A2CC8C", "#D2BABA"], ">pd8", ["-", "--", "-.", ":"]
+# %% ../nbs/01_plots.ipynb #733089c9
+_SPARE_COLORS, _SPARE_MARKERS, _SPARE_LINES = ["#994433", "#A2CC8C", "#8778FF", "#784B78", "#697878"], ">pd8", ["-", "--", "-.", ":"]
 
 def method_style(
     name: str,  # a method, listed in `METHODS` or not
@@ -55,8 +55,8 @@ def method_style(
     "The style of a method: its entry in `METHODS`, or one made from its name, the same in every process."
     if name in METHODS: return METHODS[name]
     n = zlib.crc32(name.encode())
-    pick = lambda spare, d: spare[n // d % len(spare)]
-    return MethodStyle(name, pick(_SPARE_COLORS, 1), pick(_SPARE_MARKERS, 3), pick(_SPARE_LINES, 12))
+    pick = lambda spare, bits: spare[(n >> bits) % len(spare)]
+    return MethodStyle(name, pick(_SPARE_COLORS, 0), pick(_SPARE_MARKERS, 8), pick(_SPARE_LINES, 16))
 
 # %% ../nbs/01_plots.ipynb #cf1310cf
 def method_color(
