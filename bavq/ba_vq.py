@@ -48,17 +48,17 @@ def _constant(value, progress): return value
 def _geometric(start, end, until, progress): return start * (end / start) ** min(1.0, progress / until)
 def _cosine(start, end, progress): return start + (end - start) * (1 - math.cos(math.pi * progress)) / 2
 
-# %% ../nbs/07_ba_vq.ipynb #fe2a9e0f
+# %% ../nbs/07_ba_vq.ipynb #9ff1bf4f
 def as_schedule(
     beta,  # a number, a pair (start, end), or a function of progress in [0, 1]
 ) -> Callable:
     "A schedule: a number stays, a pair rises geometrically."
     if callable(beta): return beta
     pair = tuple(beta) if isinstance(beta, (tuple, list)) else (beta, beta)
-    require(len(pair) == 2 and all(is_number(b) and b > 0 for b in pair), f"beta is {beta}: give a number above 0, or a pair of them (start, end)")
+    require(len(pair) == 2 and all(is_number(b) and 1e-12 <= b <= 1e12 for b in pair), f"beta is {beta}: give a number above 0, from 1e-12 to 1e12, or a pair of them (start, end)")
     return constant(pair[0]) if pair[0] == pair[1] else geometric(*pair)
 
-# %% ../nbs/07_ba_vq.ipynb #629338e2
+# %% ../nbs/07_ba_vq.ipynb #f0a8fcf6
 @register_quantizer("ba_vq_spec")
 class SpecifiedBAQuantizer(Quantizer):
     "BA-VQ as first sketched: absolute β, blends in training, codes by gradient. Kept for comparison; evaluated, as all, with hard codes."
@@ -71,7 +71,7 @@ class SpecifiedBAQuantizer(Quantizer):
 
     @property
     def codebook(self): return self.prepare(self.embedding)
-    def set_codes(self, codes): pass  # the codes of the constructor stand
+    def write_codes(self, codes): pass  # the codes of the constructor stand
     def anneal(self, progress): self.beta.fill_(self.schedule(progress))
     def report(self): return dict(beta=self.beta.clone())
     def forward(self, z): return blend(self, z) if self.training else quantize(self, z)
@@ -180,7 +180,7 @@ def revive(
     q.wins.copy_(torch.where(dead, q.wins.mean(), q.wins))
     q.potentials.copy_(torch.where(dead, q.potentials.mean(), q.potentials))
 
-# %% ../nbs/07_ba_vq.ipynb #de500b29
+# %% ../nbs/07_ba_vq.ipynb #338299c0
 @register_quantizer("ba_vq")
 class BAQuantizer(Quantizer):
     "Hard nearest codes to the decoder; a codebook learned by soft EM under a marginal that runs from Blahut–Arimoto to balanced."
@@ -207,7 +207,7 @@ class BAQuantizer(Quantizer):
 
     @property
     def codebook(self): return self.prepare(self.book.codes)
-    def set_codes(self, codes): self.book.set(codes)
+    def write_codes(self, codes): self.book.set(codes)
     def anneal(self, progress): self.beta.fill_(self.schedule(progress))
     def report(self): return dict(beta=self.beta.clone())
     def update(self, x, index): soft_em_step(self, x, index)

@@ -268,7 +268,7 @@ def compress(
     data = HEADER.pack(*h) + bodies[way]
     return data + digest(data)
 
-# %% ../nbs/17_compression.ipynb #a276345d
+# %% ../nbs/17_compression.ipynb #a49db92d
 def read_codes(
     data: bytes,                 # of `compress`
     model: VQVAE,                # the same
@@ -296,19 +296,22 @@ def decompress(
     batch_size: int = 64,        # tiles at a time
 ) -> Tensor:                         # [N, C, H, W] uint8
     "What the model makes of the codes in a file."
+    require(batch_size >= 1, f"batch_size is {batch_size}: give at least 1")
     h, indices = read_header(data), read_codes(data, model, prior, batch_size)
     device = next(model.parameters()).device
     tiles = torch.cat([as_pixels(model.decode_codes(k.to(device))).cpu() for k in indices.split(batch_size)])
     return from_tiles(tiles, h.n, h.height, h.width)
 
-# %% ../nbs/17_compression.ipynb #076c2c4f
+# %% ../nbs/17_compression.ipynb #6c7126c4
 def plan(folder: str | Path, out: str | Path, suffixes: tuple, rename) -> dict[Path, Path]:
     "Which file of a folder becomes which in `out`, or a `BavqError`: no such folder, nothing in it, or something in the way."
     folder, out = Path(folder), Path(out)
     require(folder.is_dir(), f"there is no folder {folder}: check the path")
     jobs = {f: out / rename(f.name) for f in sorted(folder.iterdir()) if f.suffix.lower() in suffixes}
     require(jobs, f"{folder} holds no file that ends in {', '.join(suffixes)}: check the path")
-    taken = [f for f in jobs.values() if f.exists()]
+    targets, taken = [*jobs.values()], [f for f in jobs.values() if f.exists()]
+    twice = next((f.name for f in targets if targets.count(f) > 1), "")
+    require(not twice, f"two files of {folder} would both become {twice}: rename one of them")
     require(not taken, f"{len(taken)} of the files are there already, {next(iter(taken), '')} among them: give another folder, or remove them")
     return jobs
 

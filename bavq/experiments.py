@@ -110,14 +110,13 @@ def take_warmup(t, out: Path) -> None:
     set_rng_state(state["rng_state"])
     t.history, t.epoch = list(state["history"]), len(state["history"])
 
-# %% ../nbs/13_experiments.ipynb #9f66d17d
+# %% ../nbs/13_experiments.ipynb #9175ed1f
 def record_run(
     folder: str | Path,   # of a finished run
     results: str | Path,  # of the study
 ) -> Path:
     "Write a finished run's `<config-id>-s<seed>.json` into a study's folder: configuration, environment, seconds, final metrics, a curve of at most 20 points."
-    folder = Path(folder)
-    config, history = config_from_dict(read_json(folder / "config.json")), read_history(folder)
+    config, history = config_from_dict(read_json((folder := Path(folder)) / "config.json")), read_history(folder)
     points = (history[i] for i in sorted({round(i * (len(history) - 1) / 19) for i in range(20)}))
     curve = [{k: h[k] for k in ("epoch", "psnr", "perplexity", "usage_rate") if k in h} for h in points]
     record = dict(config=asdict(replace(config, name="", data_root="")), seed=config.seed, **read_json(folder / "environment.json"),
@@ -307,7 +306,7 @@ def collect(ray, ref, folder: Path, record) -> tuple[str, dict | None, str]:
     note(folder.parent, run=folder.name, event=error or "complete")
     return folder.name, metrics, error
 
-# %% ../nbs/13_experiments.ipynb #dd809f44
+# %% ../nbs/13_experiments.ipynb #baa08b08
 def load_results(
     folder: str | Path,  # of runs, or of a study's records
 ):
@@ -317,14 +316,15 @@ def load_results(
     require(folder.is_dir(), f"there is no folder {folder}: check the path")
     for path in sorted(folder.rglob("*.json")):
         value = read_json(path)
-        if path.parent.parent.name == "priors": continue   # of a run's codes; judged in bits
-        if path.name == "final_metrics.json": rows.append(_row(read_json(path.parent / "config.json"), value, path.parent.name))
+        if path.name == "final_metrics.json" and "kind" not in (c := read_json(path.parent / "config.json")): rows.append(_row(c, value, path.parent.name))   # not a prior's
         elif isinstance(value, dict) and {"config", "metrics", "curve"} <= value.keys():
             rows.append(_row(value["config"], value["metrics"], path.stem) | {k: value[k] for k in ("seconds", "device", "commit")})
     require(rows, f"there is no finished run under {folder}: train one, or check the path")
     return pd.DataFrame(rows)
 
 def _row(config, metrics, name):
+    config = asdict(config_from_dict(config))
+    require("psnr" in metrics, f"the metrics of {name} hold no PSNR: train the run again")
     options = " ".join(f"{k}={v}" for k, v in sorted(config["options"].items()) if k != "distance")
     return config | dict(run=name, options=options, method=f"{config['quantizer']} {options}".strip(), distance=config["options"].get("distance", "euclidean")) | metrics
 

@@ -293,7 +293,7 @@ def summary(df: pd.DataFrame, by: list[str], baseline: pd.DataFrame | None = Non
             rows[key] |= {k: 100 * d[k] / baseline.mse.mean() for k in ("diff", "low", "high")}
     return pd.DataFrame(rows).T.rename_axis(index=by)
 
-# %% ../nbs/18_linear_lab.ipynb #2701a7a5
+# %% ../nbs/18_linear_lab.ipynb #3ad03926
 LABELS = dict(lloyd_best="PCA + Lloyd, best of 10", pca_lloyd="PCA + Lloyd", ste_autograd="STE by autograd", ste_manual="STE by hand", rotation="rotation")
 _STYLES = dict(lloyd_best="bound", pca_lloyd="kmeans", ste_manual="vq", ste_autograd="vq")
 
@@ -311,7 +311,6 @@ def figure_differences(
 ):
     "Difference in error to the baseline in percent: seeds as dots, mean and interval; returns the figure."
     from bavq.plots import figure
-    from matplotlib.ticker import FixedLocator
     parts = list(df.groupby(panels, sort=False))
     names = list(df[rows].unique())
     fig, axes = figure(1, len(parts), width=3.6 / len(parts) + 1.5, height=0.7 + 0.26 * len(names))
@@ -323,7 +322,8 @@ def figure_differences(
             ax.plot(d, np.full(len(d), y), "o", color=color, markerfacecolor=face, markersize=2, markeredgewidth=0.5)
             ax.errorbar(mean, y, xerr=half, fmt="|", color=color, capsize=2)
         ax.axvline(0, color="0.3", linewidth=0.8); ax.invert_yaxis(); ax.set_xscale("symlog", linthresh=2, linscale=0.7)   # linear up to two percent
-        ax.xaxis.set_major_locator(FixedLocator((-5, -2, -1, 0, 1, 2, 5, 10, 25, 50))); ax.xaxis.set_major_formatter("{x:g}"); ax.minorticks_off()
+        ticks = (-5, -2, -1, 0, 1, 2, 5, 10, 25, 50)
+        ax.set_xticks(ticks, ticks); ax.minorticks_off(); ax.autoscale(axis="x")   # to what is drawn, also later
         ax.set_yticks(range(len(names)), [look(n)[0] if isinstance(n, str) else f"{rows} {n:g}" for n in names] if ax is np.atleast_1d(axes)[0] else [""] * len(names))
         ax.set_title(", ".join(look(k)[0] if isinstance(k, str) else f"{name} = {k}" for name, k in zip(panels, panel)), fontsize="medium")
     fig.supxlabel("difference in squared error to the baseline [%]", fontsize="medium")

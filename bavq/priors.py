@@ -250,7 +250,7 @@ def masked_counts(
     for i in range(1, steps): counts.append(min(counts[-1] - 1, max(steps - i, math.ceil(length * math.cos(math.pi / 2 * i / steps)))))
     return counts + [0]
 
-# %% ../nbs/16_priors.ipynb #e9a2add7
+# %% ../nbs/16_priors.ipynb #94f94bec
 class MaskGIT(GridTransformer):
     "A Transformer that predicts masked codes from all others (Chang et al. 2022). The value K masks a code."
     causal, masks = False, 1
@@ -280,9 +280,9 @@ class MaskGIT(GridTransformer):
         masked = random_masks(counts, self.grid, generator)
         return masked_nats(self, indices, masked, cond).sum((1, 2)) * self.length / counts
 
-    def sample(self, n, cond=None, temperature=1.0, top_k=0, top_p=1.0, steps: int = 8, choice_temperature: float = 4.5):
-        "New grids [n, H, W] in `steps` passes."
-        return sample_masked(self, n, cond, steps, choice_temperature, temperature=temperature, top_k=top_k, top_p=top_p)
+    def sample(self, n, cond=None, temperature=1.0, top_k=0, top_p=1.0, steps: int = 0, choice_temperature: float = 4.5):
+        "New grids [n, H, W] in `steps` passes; 0: eight, or one a code where there are fewer."
+        return sample_masked(self, n, cond, steps or min(8, self.length), choice_temperature, temperature=temperature, top_k=top_k, top_p=top_p)
 
 # %% ../nbs/16_priors.ipynb #f701c26d
 def random_masks(

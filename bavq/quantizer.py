@@ -132,7 +132,7 @@ def check_finite(x: Tensor) -> None:
     "Raise a `BavqError` where a latent of x [N, D] is NaN or infinite. Waits for the device."
     require(bool((torch.stack(x.detach().aminmax()).abs() < 1e15).all()), "latents hold NaN or infinite values, or some above 1e15, whose squares overflow: look at the learning rate, the loss and the images before this step")
 
-# %% ../nbs/05_quantizer.ipynb #43e63323
+# %% ../nbs/05_quantizer.ipynb #cccb7a36
 class Quantizer(nn.Module):
     "Nearest code of K, one of two gradients, codes set from the first training batch. Subclasses say how codes are kept and learned."
     @typed
@@ -155,7 +155,10 @@ class Quantizer(nn.Module):
         self._ready = False
 
     codebook: Tensor  # the codes [K, D]; every subclass keeps them in its own way
-    def set_codes(self, codes: Tensor) -> None: raise NotImplementedError(f"{type(self).__name__} needs `set_codes(codes)`")
+    def write_codes(self, codes: Tensor) -> None: raise NotImplementedError(f"{type(self).__name__} needs `write_codes(codes)`")
+    def set_codes(self, codes: Tensor) -> None:
+        "Put all codes somewhere [K, D]; no batch sets them any more."
+        self.write_codes(self.prepare(codes)); self._ready = bool(self.initialised.fill_(True))
     def losses(self, x: Tensor, e: Tensor) -> dict:
         "Weighted losses of latents x [N, D] and their codes e [N, D]: the commitment."
         return dict(commitment_loss=self.commitment_cost * F.mse_loss(x, e.detach()))
@@ -166,8 +169,9 @@ class Quantizer(nn.Module):
     def encode(self, z: Tensor) -> Tensor: return encode(self, z)
     def decode(self, indices: Tensor) -> Tensor: return decode(self, indices)
     def extra_repr(self): return f"K={self.num_embeddings}, D={self.embedding_dim}, distance={self.distance}, gradient={self.gradient}"
-    def _load_from_state_dict(self, *args):
-        super()._load_from_state_dict(*args)
+    def _load_from_state_dict(self, state_dict, prefix, *more):
+        super()._load_from_state_dict(state_dict, prefix, *more)
+        if f"{prefix}initialised" not in state_dict and any(k.startswith(prefix) for k in state_dict): self.initialised.fill_(True)
         self._ready = bool(self.initialised)
 
 # %% ../nbs/05_quantizer.ipynb #2a3eb862
@@ -190,7 +194,7 @@ def encode(q: Quantizer, z: Tensor) -> Tensor:
         if x.device.type != "cpu": check_finite(x)
         return from_rows(nearest_code(x, q.codebook), z.shape)
 
-# %% ../nbs/05_quantizer.ipynb #5aa4232d
+# %% ../nbs/05_quantizer.ipynb #37e1ca79
 def decode(
     q: Quantizer,     # any quantizer with a codebook
     indices: Tensor,  # [B, H, W] or [N], integers from 0 to K-1
@@ -204,7 +208,7 @@ def check_indices(indices: Tensor, num_embeddings: int) -> None:
     "Raise a `BavqError` unless indices are integers [B, H, W] or [N] from 0 to K-1. Waits for the device."
     require(torch.is_tensor(indices) and not indices.is_floating_point() and indices.dtype != torch.bool, f"indices are {getattr(indices, 'dtype', type(indices).__name__)}: give a tensor of integers")
     require(indices.dim() in (1, 3), f"indices have shape {tuple(indices.shape)}: give [B, H, W] or [N]")
-    low, high = (int(v) for v in indices.aminmax()) if indices.numel() else (0, 0)
+    low, high = (int(v) for v in indices.long().aminmax()) if indices.numel() else (0, 0)
     require(0 <= low and high < num_embeddings, f"indices run from {low} to {high}: give 0 to {num_embeddings - 1}")
 
 # %% ../nbs/05_quantizer.ipynb #20fc5bb2
@@ -225,13 +229,14 @@ def quantize(
                        usage_rate=compute_usage_rate(counts), **q.report())
         return Quantized(from_rows(z_q, z.shape), losses, metrics)
 
-# %% ../nbs/05_quantizer.ipynb #6065af06
+# %% ../nbs/05_quantizer.ipynb #ba83e2d9
+@torch.compiler.disable   # scikit-learn's k-means++ cannot be traced
 @torch.no_grad()
 def initialise(q: Quantizer, x: Tensor) -> None:
     "Set the codes from the first training latents x [N, D], the same ones on every process."
+    if q.initialised: q._ready = True; return   # set by another process, which sent its buffers
     check_finite(x)
-    q.set_codes(from_first(q.prepare(INITIALIZERS[q.init](gather_rows(x), q.num_embeddings)).contiguous()))
-    q.initialised.fill_(True); q._ready = True
+    q.set_codes(from_first(INITIALIZERS[q.init](gather_rows(x), q.num_embeddings).contiguous()))
 
 # %% ../nbs/05_quantizer.ipynb #bca37685
 QUANTIZERS: dict[str, Callable] = {}
@@ -241,7 +246,7 @@ def register_quantizer(name: str):
     def add(cls): QUANTIZERS[name] = cls; return cls
     return add
 
-# %% ../nbs/05_quantizer.ipynb #e03544f8
+# %% ../nbs/05_quantizer.ipynb #54944070
 @register_quantizer("vq")
 class VectorQuantizer(Quantizer):
     "Codes learned by gradient with codebook and commitment loss (van den Oord et al. 2017, eq. 3)."
@@ -251,7 +256,7 @@ class VectorQuantizer(Quantizer):
 
     @property
     def codebook(self): return self.prepare(self.embedding)
-    def set_codes(self, codes): self.embedding.data.copy_(codes)
+    def write_codes(self, codes): self.embedding.data.copy_(codes)
     def losses(self, x, e):
         return dict(codebook_loss=F.mse_loss(e, x.detach()), **super().losses(x, e))
 

@@ -154,7 +154,7 @@ def split_codes(
     counts = q.book.counts[parents]
     q.book.codes[children], q.book.counts[children], q.book.sums[children] = e, counts, counts[:, None] * e
 
-# %% ../nbs/25_remedies.ipynb #1c68c6b0
+# %% ../nbs/25_remedies.ipynb #89c03613
 class GrowingQuantizer(Quantizer):
     "The first codes of a quantizer, more and more of them. `num_embeddings` counts those there are."
     def __init__(self,
@@ -171,10 +171,9 @@ class GrowingQuantizer(Quantizer):
 
     @property
     def codebook(self): return self.base.codebook[:self.num_embeddings]
-    def set_codes(self, codes):
+    def write_codes(self, codes):
         K = self.base.num_embeddings
         self.base.set_codes(codes.repeat(-(-K // len(codes)), 1)[:K])
-        self.base._ready = bool(self.base.initialised.fill_(True))
 
     def losses(self, x, e): return self.base.losses(x, e)
     def report(self): return self.base.report() | dict(active_codes=self.active_codes.clone())

@@ -118,17 +118,19 @@ def make_judges(
             notes.append(str(e))
     return Judges({k: v for k, v in made.items() if k != "lpips"}, made.get("lpips"), tuple(notes))
 
-# %% ../nbs/28_reports.ipynb #3b87da36
+# %% ../nbs/28_reports.ipynb #a8647115
 def find_runs(
     paths,  # run folders, folders of runs, or files of weights
 ) -> list[Path]:
     "Every run that can be opened among or below the paths, none twice."
     found = []
     for p in map(Path, paths):
-        here = [p] if p.suffix == ".pt" or (p / "config.json").exists() else sorted({w.parent for k in ("final_model.pt", "checkpoint_epoch*.pt") for w in p.rglob(k)})
+        here = [p] if p.suffix == ".pt" or (p / "config.json").exists() and not _is_prior(p) else sorted({w.parent for k in ("final_model.pt", "checkpoint_epoch*.pt") for w in p.rglob(k) if not _is_prior(w.parent)})
         require(here, f"{p} is neither the folder of a run nor one that holds runs with weights: check the path" + " (records of a study hold no weights: train its runs again)" * p.is_dir())
         found += here
     return list(dict.fromkeys(found))
+
+def _is_prior(folder): return (folder / "config.json").exists() and "kind" in read_json(folder / "config.json")
 
 def open_run(
     path: str | Path,  # of a run's folder, or of a file of weights
@@ -198,7 +200,7 @@ def load_weights(
     model.load_state_dict({k: state[k] for k in own})
     return model.eval(), config
 
-# %% ../nbs/28_reports.ipynb #71b957f5
+# %% ../nbs/28_reports.ipynb #75ee245f
 def evaluate_runs(
     paths,                       # run folders, folders of runs, or files of weights
     data: str = "",              # another data set than the runs' own
@@ -208,17 +210,22 @@ def evaluate_runs(
     lpips_weights: str = "",     # likewise
     device="cpu",                # where models and judges run
 ) -> dict[str, tuple[RunConfig, Evaluation]]:
-    "Evaluate every run on its test images, by name."
+    "Evaluate every run on its test images, by name; of several, one that cannot be evaluated is named and left out."
     from bavq.data import get_dataloaders
     done, loaders, found = {}, {}, find_runs(paths)
-    names = [p.stem if p.suffix != ".pt" else f"{p.parent.name}/{p.stem}" for p in found]
+    names = [p.resolve().name if p.suffix != ".pt" else f"{p.parent.name}/{p.stem}" for p in found]
     for path, name in zip(found, names if len({*names}) == len(names) else map(str, found)):
-        model, c = open_run(path)
-        key = data or c.data, data_root or c.data_root, c.image_size
-        if key not in loaders:
-            train, test = get_dataloaders(key[0], min(128, c.batch_size), key[1], image_size=key[2], device=device)
-            loaders[key] = test, make_judges(judges, train, inception_weights, lpips_weights)
-        done[name] = replace(c, data=key[0]), evaluate(model.to(device), *loaders[key])
+        try:
+            model, c = open_run(path)
+            key = data or c.data, data_root or c.data_root, c.image_size
+            if key not in loaders:
+                train, test = get_dataloaders(key[0], min(128, c.batch_size), key[1], image_size=key[2], device=device)
+                loaders[key] = test, make_judges(judges, train, inception_weights, lpips_weights)
+            done[name] = replace(c, data=key[0]), evaluate(model.to(device), *loaders[key])
+        except BavqError as e:
+            if len(found) == 1: raise
+            print(f"{name} is left out: {e}")
+    require(done, "no run could be evaluated: see the lines above")
     return done
 
 # %% ../nbs/28_reports.ipynb #d2353601

@@ -18,7 +18,7 @@ from .quantizer import (Quantized, Quantizer, check_finite, check_indices, from_
 __all__ = ['SAMPLES', 'GumbelQuantizer', 'draw', 'bound', 'level_codes', 'code_levels', 'default_levels', 'FSQQuantizer',
            'round_latents', 'grid_points']
 
-# %% ../nbs/09_searchless.ipynb #c88d904e
+# %% ../nbs/09_searchless.ipynb #9db0a256
 SAMPLES = dict(hard=True, soft=False)
 
 @register_quantizer("gumbel")
@@ -36,7 +36,7 @@ class GumbelQuantizer(Quantizer):
     ):
         super().__init__(num_embeddings, embedding_dim, commitment_cost, init, distance)
         ends = temperature if isinstance(temperature, (tuple, list)) else (temperature,)
-        require(callable(temperature) or len(ends) <= 2 and all(is_number(t) and t > 0 for t in ends), f"temperature is {temperature}: give a number above 0, or a pair of them (start, end)")
+        require(callable(temperature) or len(ends) <= 2 and all(is_number(t) and 1e-12 <= t <= 1e12 for t in ends), f"temperature is {temperature}: give a number above 0, from 1e-12 to 1e12, or a pair of them (start, end)")
         self.schedule, self.hard = as_schedule(temperature), choose(sample, SAMPLES, "sample")
         self.estimate = None  # the gradient goes through the draw
         self.embedding = nn.Parameter(self.prepare(init_uniform(torch.empty(1, embedding_dim), num_embeddings)))
@@ -44,7 +44,7 @@ class GumbelQuantizer(Quantizer):
 
     @property
     def codebook(self): return self.prepare(self.embedding)
-    def set_codes(self, codes): self.embedding.data.copy_(codes)
+    def write_codes(self, codes): self.embedding.data.copy_(codes)
     def anneal(self, progress): self.temperature.fill_(self.schedule(progress))
     def report(self): return dict(temperature=self.temperature.clone())
     def forward(self, z): return draw(self, z) if self.training else quantize(self, z)
@@ -67,14 +67,14 @@ def draw(
         metrics = dict(code_indices=from_rows(index, z.shape), **measure(index, q.num_embeddings), **q.report())
         return Quantized(from_rows(z_q, z.shape), q.losses(x, blend), metrics)
 
-# %% ../nbs/09_searchless.ipynb #86a6605b
+# %% ../nbs/09_searchless.ipynb #c00b3d7c
 def bound(
     x: Tensor,       # [N, d]
     levels: Tensor,  # L [d]
 ) -> Tensor:             # [N, d], from -L//2 to (L-1)//2 when rounded
     "Each dimension squashed to the range of its levels (Mentzer et al. 2023)."
     half = (levels - 1) * (1 + 1e-3) / 2
-    offset = 0.5 * (levels % 2 == 0)
+    offset = 0.5 * (levels % 2 == 0).to(levels)
     return (x + (offset / half).atanh()).tanh() * half - offset
 
 # %% ../nbs/09_searchless.ipynb #425d7bf7

@@ -36,7 +36,7 @@ def smooth(
     total = counts.sum()
     return (counts + eps) / (total + len(counts) * eps) * total
 
-# %% ../nbs/06_vq_ema.ipynb #6bef623a
+# %% ../nbs/06_vq_ema.ipynb #8438c24a
 @register_quantizer("vq_ema_spec")
 class SpecifiedVQEMAQuantizer(Quantizer):
     "VQ-EMA as commonly specified: codes in ±1/K, counts from zero, sums from the codes, smoothing in place. Kept for comparison; codes die."
@@ -49,7 +49,7 @@ class SpecifiedVQEMAQuantizer(Quantizer):
 
     @property
     def codebook(self): return self.prepare(self.embedding)
-    def set_codes(self, codes): pass  # the codes of the constructor stand
+    def write_codes(self, codes): pass  # the codes of the constructor stand
 
     @torch.no_grad()
     def update(self, x, index):
@@ -110,7 +110,7 @@ def restart(
     book.counts.copy_(torch.where(dead, fair, book.counts))
     book.sums.copy_(torch.where(dead[:, None], rows * fair, book.sums))
 
-# %% ../nbs/06_vq_ema.ipynb #ca049eec
+# %% ../nbs/06_vq_ema.ipynb #7f768d02
 @register_quantizer("vq_ema")
 class VQEMAQuantizer(Quantizer):
     "VQ-EMA that keeps its codes: started on the data, counts beside sums, revival of codes that win too little."
@@ -132,7 +132,7 @@ class VQEMAQuantizer(Quantizer):
 
     @property
     def codebook(self): return self.prepare(self.book.codes)
-    def set_codes(self, codes): self.book.set(codes)
+    def write_codes(self, codes): self.book.set(codes)
 
     @torch.no_grad()
     def update(self, x, index):

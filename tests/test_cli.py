@@ -115,6 +115,39 @@ def test_a_run_from_start_to_summary(here, capsys):
     with pytest.raises(ValueError): main([*train, "--debug"])
 
 
+PRIOR = "--kind maskgit --epochs 1 --channels 16 --layers 1 --batch_size 16".split()
+
+
+def test_folders_that_hold_more_than_plain_runs(here, capsys):
+    "Priors among the runs, a run of two levels, names with a point, images smaller than SSIM's window: each verb takes what it can and names the rest."
+    assert bavq(capsys, "train", "--name", "lr0.1", *TINY)[0] == 0
+    assert bavq(capsys, "train", "--name", "two", "--levels", "2", *TINY)[0] == 0
+    assert bavq(capsys, "prior", "train", "experiments/lr0.1", *PRIOR)[0] == 0
+    code, out, err = bavq(capsys, "evaluate", "experiments", "--judges", "", "--out", "judged", "--baseline", "lr0.1")
+    assert code == 0 and "two is left out: VQVAE2 has two levels" in out, err
+    assert list(json.loads(Path("judged/evaluation.json").read_text())["runs"]) == ["lr0.1"]
+    code, out, err = bavq(capsys, "summarise", "experiments")
+    assert code == 0 and "ba_vq" in out, err
+    code, _, err = bavq(capsys, "prior", "train", "experiments/lr0.1", "--name", "../../x", *PRIOR)
+    assert code == 2 and "is one folder name" in err and not Path("experiments/x").exists()
+    os.chdir("experiments/lr0.1/priors/maskgit")
+    code, _, err = bavq(capsys, "prior", "sample", ".", "--n", "1")   # a grid of 16 codes, and eight passes
+    assert code == 0 and Path("samples.png").exists(), err
+    code, _, err = bavq(capsys, "prior", "sample", ".", "--n", "0")
+    assert code == 2 and "n is 0" in err
+
+
+def test_damaged_records_are_named(here, capsys):
+    assert bavq(capsys, "train", "--name", "one", *TINY)[0] == 0
+    for name, text in (("config.json", "{}"), ("config.json", "[1]"), ("final_metrics.json", "{}"), ("final_metrics.json", "[]")):
+        path = Path("experiments/one") / name
+        kept = path.read_text()
+        path.write_text(text)
+        code, out, err = bavq(capsys, "summarise", "experiments")
+        assert (code == 2 and len(err.splitlines()) == 1) or (code == 0 and text == "{}" and name == "config.json"), (name, text, err)
+        path.write_text(kept)
+
+
 def test_sweep_in_processes(here):
     "Two runs at a time in processes of their own; then the same command has nothing left to do."
     base = RunConfig(data="images.npz", codebook_size=8, embedding_dim=4, hidden_channels=4, residual_blocks=0, epochs=1, batch_size=32)

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from bavq.compression import CODINGS, DIGEST, HEADER, compress, compress_folder, decompress, digest, image_codes, read_codes, read_header
+from bavq.compression import CODINGS, DIGEST, HEADER, compress, compress_folder, decompress, digest, image_codes, plan, read_codes, read_header
 from bavq.core import BavqError, set_seed
 from bavq.priors import make_prior
 from bavq.vqvae import VQVAE
@@ -140,3 +140,9 @@ def test_a_folder_that_cannot_be_written_is_left_alone(tmp_path):
     for folder, message in {"none": "there is no folder", "": "holds no file"}.items():
         with pytest.raises(BavqError, match=message): compress_folder(tmp_path / "run", tmp_path / folder, tmp_path / "out")
     assert not os.path.exists(tmp_path / "out")
+
+
+def test_two_files_never_become_one(tmp_path):
+    (tmp_path / "in").mkdir()
+    for name in ("a.bavq", "a.png.bavq"): (tmp_path / "in" / name).write_bytes(b"")
+    with pytest.raises(BavqError, match="two files of .* would both become a.png"): plan(tmp_path / "in", tmp_path / "out", (".bavq",), lambda n: n.removesuffix(".bavq").removesuffix(".png") + ".png")

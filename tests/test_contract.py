@@ -141,3 +141,64 @@ def test_extreme_latents_stay_finite_or_are_refused(name, exponent, n, equal, sh
     values = [z_q, z.grad, *losses.values(), *(m for m in metrics.values() if m.is_floating_point()), *(v for v in q.state_dict().values() if v.is_floating_point())]
     assert all(v.isfinite().all() for v in values)
     assert torch.equal(q(z).z_q, q.decode(index)) and q.decode(index).isfinite().all()
+
+
+SEARCHED = ("vq", "vq_ema", "ba_vq", "gumbel")
+
+
+@pytest.mark.parametrize("name", SEARCHED)
+def test_codes_that_were_given_stay(name):
+    "Codes set by hand, or loaded from a file that does not say whether they were set, are not set again by the first batch."
+    torch.manual_seed(0)
+    codes = 5 + torch.randn(16, 8)
+    z = codes[torch.randint(16, (500,))]   # k-means++ would take the same points in another order
+    by_hand, loaded = make_quantizer(name, 16, 8).eval(), make_quantizer(name, 16, 8).eval()
+    by_hand.set_codes(codes)
+    loaded.load_state_dict({k: v for k, v in by_hand.state_dict().items() if k != "initialised"}, strict=False)
+    for q in (by_hand, loaded):
+        q.train()(z)
+        assert q._ready and torch.allclose(q.codebook, codes, atol=1e-2)
+    fresh = make_quantizer(name, 16, 8).train()
+    fresh(z)
+    assert not torch.allclose(fresh.codebook, codes, atol=1e-2)
+
+
+@pytest.mark.parametrize("name", [*SEARCHED, "product", "residual", "fsq"])
+def test_the_first_step_compiles(name):
+    "Codes are set by a library that cannot be traced; the rest of the step is."
+    torch.manual_seed(0)
+    z, plain = torch.randn(1000, 8), make_quantizer(name, 64, 8).train()
+    compiled = copy.deepcopy(plain)
+    torch.manual_seed(1); expected = plain(z).z_q
+    torch.manual_seed(1); found = torch.compile(compiled, backend="eager")(z).z_q
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", OURS)
+def test_a_module_in_another_precision(name, dtype):
+    "Codes come in the precision of the module, in training and in use, whatever that of the latents."
+    torch.manual_seed(0)
+    q = make_quantizer(name, 64, 8).to(dtype)
+    for z in (torch.randn(90, 8), torch.randn(90, 8, dtype=dtype)):
+        assert q.train()(z).z_q.dtype == q.eval()(z).z_q.dtype == dtype
+
+
+@pytest.mark.parametrize("name", ["fsq", "product", "residual"])
+def test_composites_can_be_made_without_memory(name):
+    with torch.device("meta"): q = make_quantizer(name, 64, 8)
+    assert q.num_embeddings == 64
+
+
+def test_whole_numbers_of_any_kind():
+    assert make_quantizer("ba_vq", 1024 / 2, 8.0).codebook.shape == bavq.BAQuantizer(512.0, 8).codebook.shape == (512, 8)
+    q = make_quantizer("vq", 512, 8)
+    assert q.decode(torch.arange(512).to(torch.uint16)).shape == (512, 8)
+
+
+def test_a_price_without_end_is_refused():
+    for name, option in (("ba_vq", "beta"), ("gumbel", "temperature")):
+        for value in (float("inf"), 1e38, 1e-38): pytest.raises(bavq.core.BavqError, make_quantizer, name, 16, 4, **{option: value})
+    q = make_quantizer("ba_vq", 16, 4, beta=1e12).train()
+    for _ in range(3): q(torch.randn(64, 4))
+    assert q.codebook.isfinite().all()

@@ -81,6 +81,28 @@ def test_several_processes_stop_together_and_go_on(tmp_path):
     assert all(torch.equal(whole[k], resumed[k]) for k in whole)
 
 
+LOADED = """
+import sys, torch
+from bavq.vq_ema import VQEMAQuantizer
+torch.set_num_threads(1)
+torch.distributed.init_process_group("gloo")
+torch.manual_seed(0)
+model = torch.nn.Sequential(torch.nn.Linear(8, 8), VQEMAQuantizer(16, 8)).train()
+if torch.distributed.get_rank() == 0: model[1].set_codes(torch.randn(16, 8))
+torch.nn.parallel.DistributedDataParallel(model)(torch.randn(64, 8))
+torch.save(model[1].codebook, f"{sys.argv[1]}/{torch.distributed.get_rank()}.pt")
+"""
+
+
+def test_codes_that_one_process_has_loaded(tmp_path):
+    "The first process has codes, the other gets them with the buffers: none waits for the other to set them."
+    (tmp_path / "go.py").write_text(LOADED)
+    launch = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(tmp_path / "go.py"), str(tmp_path)]
+    done = subprocess.run(launch, env=ENV, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert torch.equal(*(torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)))
+
+
 SWEEP = """
 from bavq.core import RunConfig
 from bavq.experiments import sweep
