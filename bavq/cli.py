@@ -17,7 +17,7 @@ from .prior_training import PriorConfig
 __all__ = ['Train', 'Compare', 'compare', 'print_tables', 'Evaluate', 'Summarise', 'PriorTrain', 'PriorSample', 'Prior',
            'Compress', 'Decompress', 'Lab', 'parse', 'one_line', 'main']
 
-# %% ../nbs/29_cli.ipynb #1818c29d
+# %% ../nbs/29_cli.ipynb #3873d02b
 @dataclass
 class Train:
     "Train one model."
@@ -40,7 +40,7 @@ class Compare:
     quantizers: tuple[str, ...] = ()      # other methods than the preset's
     codebook_sizes: tuple[int, ...] = ()  # others than the preset's
     epochs: int = 0           # another number than the preset's
-    train_size: int = 0       # another number of training images than the preset's
+    train_size: int = -1      # another number of training images than the preset's; 0: all
     seeds: int = 0            # another number than the preset's
     jobs: int = 0             # runs at a time; 0: one a core, or one where there is a GPU
     engine: Literal["local", "ray"] = "local"  # processes of this machine, or a Ray cluster
@@ -51,7 +51,7 @@ class Compare:
 
     def __call__(self): compare(self)
 
-# %% ../nbs/29_cli.ipynb #d2c5fd11
+# %% ../nbs/29_cli.ipynb #355a7de6
 def compare(
     o: Compare,  # its options
 ) -> None:
@@ -60,18 +60,20 @@ def compare(
     from bavq.compare import compare_figure
     from bavq.data import get_dataloaders
     from bavq.training import build_model
+    import pandas as pd
     from bavq.statistics import METRICS, groups, summarise
-    given = {k: v for k, v in dict(data=o.data, data_root=o.data_root, epochs=o.epochs, train_size=o.train_size).items() if v}
+    given = {k: v for k, v in dict(data=o.data, data_root=o.data_root, epochs=o.epochs).items() if v} | ({} if o.train_size == -1 else dict(train_size=o.train_size))
     study = choose(o.preset, PRESETS, "preset")
     study = study._replace(base=replace(study.base, **given), **{k: v for k in ("quantizers", "codebook_sizes", "seeds") if (v := getattr(o, k))})
-    if o.data: get_dataloaders(o.data, root=o.data_root)   # what cannot be is said once, not by every run
+    b = study.base
+    if o.data: get_dataloaders(b.data, b.batch_size, b.data_root, train_size=b.train_size, image_size=b.image_size)   # what cannot be is said once, not by every run
     folder, configs = Path(o.out) / f"compare-{o.preset}", study_configs(study)
     for c in configs[:len(study.quantizers)]: build_model(check_config(c))
     jobs, engine = o.jobs or (1 if torch.accelerator.is_available() else min(cores(), len(configs))), "local"
     if o.engine == "ray": jobs, engine = o.jobs or 1, Ray(cpus=o.cpus, gpus=o.gpus)
     result = sweep(configs, folder, o.record or None, jobs, engine=engine)
     require(result.metrics, f"no run was finished: {next(iter(result.failures.values()), '')}")
-    df = load_results(folder).query("run in @result.metrics")
+    df = pd.concat([load_results(folder / name) for name in result.metrics], ignore_index=True)
     summary, plain = summarise(df), lambda table: json.loads(table.to_json(orient="records"))
     write_json(folder / "summary.json", dict(summary=plain(summary), runs=plain(df[["run", *groups(df), "method", "seed", *METRICS]]), failures=result.failures))
     compare_figure(df, folder / "compare.png")
@@ -89,7 +91,7 @@ def print_tables(
     print(f"\nmean ± half-width of its 95 % interval\n{means.to_string(index=False)}")
     if len(differences): print(f"\ndifference to {baseline} over pairs of one seed, 95 % interval, p of no difference\n{differences.to_string(index=False)}")
 
-# %% ../nbs/29_cli.ipynb #2c459b11
+# %% ../nbs/29_cli.ipynb #04eede3f
 @dataclass
 class Evaluate:
     "Everything that trained models can be asked, in one table."
@@ -118,7 +120,9 @@ class Summarise:
 
     def __call__(self):
         from bavq.statistics import summarise
-        print_tables(summarise(load_results(self.folder), self.baseline), self.baseline)
+        df = load_results(self.folder)
+        print_tables(summarise(df, self.baseline), self.baseline)
+        if self.baseline not in set(df["method"]): print(f"\nno differences: no run is of {self.baseline}; give --baseline one of {', '.join(sorted(set(df['method'])))}")
         done = {p.parent for p in Path(self.folder).rglob("final_metrics.json")}
         partial = sorted(str(p.parent) for p in Path(self.folder).rglob("history.jsonl") if p.parent not in done and p.parent.parent.name != "priors")
         if partial: print(f"\nnot finished: {', '.join(partial)}")

@@ -302,12 +302,12 @@ def decompress(
     tiles = torch.cat([as_pixels(model.decode_codes(k.to(device))).cpu() for k in indices.split(batch_size)])
     return from_tiles(tiles, h.n, h.height, h.width)
 
-# %% ../nbs/17_compression.ipynb #6c7126c4
+# %% ../nbs/17_compression.ipynb #3e3fba9e
 def plan(folder: str | Path, out: str | Path, suffixes: tuple, rename) -> dict[Path, Path]:
     "Which file of a folder becomes which in `out`, or a `BavqError`: no such folder, nothing in it, or something in the way."
     folder, out = Path(folder), Path(out)
     require(folder.is_dir(), f"there is no folder {folder}: check the path")
-    jobs = {f: out / rename(f.name) for f in sorted(folder.iterdir()) if f.suffix.lower() in suffixes}
+    jobs = {f: out / rename(f.name) for f in sorted(folder.iterdir()) if f.suffix.lower() in suffixes and f.is_file()}
     require(jobs, f"{folder} holds no file that ends in {', '.join(suffixes)}: check the path")
     targets, taken = [*jobs.values()], [f for f in jobs.values() if f.exists()]
     twice = next((f.name for f in targets if targets.count(f) > 1), "")

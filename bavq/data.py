@@ -26,7 +26,7 @@ __all__ = ['MEMORY_LIMIT', 'DEVICE_LIMIT', 'PHOTOS', 'PHOTO_COUNTS', 'SIDES', 'H
            'load_arrays', 'read_image', 'open_folder', 'load_folder', 'load_images', 'epoch_order', 'Batches',
            'StreamedBatches', 'get_dataloaders']
 
-# %% ../nbs/02_data.ipynb #c21e9b56
+# %% ../nbs/02_data.ipynb #70290a9a
 @typed
 def gaussian_source(n: int, cov_or_dim=1, seed: int = 0) -> torch.Tensor:
     "Zero-mean Gaussian vectors [n, D]: of D unit variances, of D variances, or of a [D, D] covariance, singular or not; `bavq.rate_distortion.gaussian_rd` is their R(D)."
@@ -34,7 +34,7 @@ def gaussian_source(n: int, cov_or_dim=1, seed: int = 0) -> torch.Tensor:
     if cov.ndim == 1: cov = cov.diag()
     require(cov.ndim == 2 and len(cov) and torch.equal(cov, cov.T), f"the covariance is {list(cov.shape)}: give D at least 1, D variances or a symmetric [D, D], without NaN")
     variances, axes = torch.linalg.eigh(cov)
-    require(variances.min() > -1e-5 * variances.max(), f"the covariance has the eigenvalue {variances.min():.3g}: give one without negative ones")
+    require(variances.min() >= -1e-5 * variances.max(), f"the covariance has the eigenvalue {variances.min():.3g}: give one without negative ones")
     return torch.randn(n, len(cov), generator=_generator(n, seed)) * variances.clamp_min(0).sqrt() @ axes.T
 
 def _generator(n, seed):
@@ -97,20 +97,19 @@ def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
 def _unpacked(path): return sum(part.file_size for part in zipfile.ZipFile(path).infolist()) if zipfile.is_zipfile(path) else 0
 def _line(e): return " ".join(str(e).split())[:100].rstrip(".") or type(e).__name__
 
-# %% ../nbs/02_data.ipynb #0569b4a1
+# %% ../nbs/02_data.ipynb #de8dc659
 def cached(name: str, recipe, build) -> dict[str, np.ndarray]:
     "The arrays of `build()`, from the cache file of this name and this recipe (its repr is hashed) where it is whole."
-    path = cache_dir() / f"{name}-{hashlib.sha256(repr(recipe).encode()).hexdigest()[:12]}.npz"
+    path, arrays = cache_dir() / f"{name}-{hashlib.sha256(repr(recipe).encode()).hexdigest()[:12]}.npz", None
+    with suppress(BavqError): return read_arrays(path)   # files are whole or absent: reading needs no lock
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock"):
-            try: return read_arrays(path)
-            except BavqError: arrays = build()
+            with suppress(BavqError): return read_arrays(path)   # which another process has built meanwhile
+            arrays = build()
             atomic_write(path, lambda f: np.savez(f, **arrays))
-            return arrays
-    except OSError as e:
-        warnings.warn(f"nothing is cached in {path.parent} ({_line(e)}): set BAVQ_CACHE to a folder that can be written")
-        return build()
+    except OSError as e: warnings.warn(f"nothing is cached in {path.parent} ({_line(e)}): set BAVQ_CACHE to a folder that can be written")
+    return arrays or build()
 
 # %% ../nbs/02_data.ipynb #980b9819
 PHOTOS = {   # name: package and file, licence, who is to be named, where it was published
@@ -201,7 +200,7 @@ def _download(kind, root, folder, name):
         socket.setdefaulttimeout(before)
         with suppress(OSError): lock.unlink(); new and root.rmdir()   # a folder goes only where it is empty
 
-# %% ../nbs/02_data.ipynb #6f46a8d5
+# %% ../nbs/02_data.ipynb #7bf6d445
 def load_arrays(path: str) -> ImageData:
     "Images from an .npy or .npz file: keys train, test (train_labels, test_labels), or x_train, …, or one array (and labels)."
     a = read_arrays(path)
@@ -211,7 +210,8 @@ def load_arrays(path: str) -> ImageData:
     for k in ("train", "test"):
         a[k] = _channels_second(a[k], f"{k} in {path}")
         y = a.setdefault(f"{k}_labels", np.zeros(len(a[k]), int))
-        require(y.shape == a[k].shape[:1] and y.dtype.kind in "iu" and y.min() >= 0, f"{k}_labels in {path} are {y.dtype} {list(y.shape)}: give {len(a[k])} whole numbers from 0")
+        require(y.shape == a[k].shape[:1] and y.dtype.kind in "iu" and 0 <= y.min() and y.max() < 10**6, f"{k}_labels in {path} are {y.dtype} {list(y.shape)}: give {len(a[k])} whole numbers from 0, below a million")
+        a[f"{k}_labels"] = y.astype(np.int64)
     require(a["train"].shape[1:] == a["test"].shape[1:], f"{path}: training images are {list(a['train'].shape[1:])}, test images {list(a['test'].shape[1:])}: give one shape")
     return _image_data(a, Path(path).stem, map(str, range(1 + max(a["train_labels"].max(), a["test_labels"].max()))))
 
@@ -228,13 +228,13 @@ def _channels_second(x, what):
     require(x.shape[1] in (1, 3) or x.shape[3] in (1, 3), f"{what} has images of {list(x.shape[1:])}: give 1 or 3 channels, first or last")
     return x if x.shape[1] in (1, 3) else x.transpose(0, 3, 1, 2)
 
-# %% ../nbs/02_data.ipynb #aa4478f7
+# %% ../nbs/02_data.ipynb #f6d4c79a
 def read_image(path: str, size: int = 0) -> Image.Image:
     "A picture file as upright 8-bit RGB, shrunk and cropped to a square of side `size` (0: as it is)."
     try:
         with Image.open(path) as im:
             if im.mode[0] in "IF": raise ValueError("it has more than 8 bits a channel")
-            if im.width * im.height > Image.MAX_IMAGE_PIXELS: raise ValueError(f"it has {im.width} by {im.height} pixels")
+            if im.width * im.height > (Image.MAX_IMAGE_PIXELS or float("inf")): raise ValueError(f"it has {im.width} by {im.height} pixels")
             im = ImageOps.exif_transpose(im).convert("RGB")
     except Exception as e:   # each decoder has errors of its own
         raise BavqError(f"the image {path} cannot be read ({_line(e)}): replace or remove it") from None
@@ -255,12 +255,12 @@ def open_folder(path: str, size: int = 0) -> tuple[datasets.ImageFolder, dataset
     for s in sets: s.loader, s.transform = partial(read_image, size=size), TF.pil_to_tensor
     return train, test, size
 
-# %% ../nbs/02_data.ipynb #bb5baf07
-def load_folder(path: str, size: int = 0) -> ImageData:
+# %% ../nbs/02_data.ipynb #654b8ec7
+def load_folder(path: str, size: int = 0, memory_limit: int = MEMORY_LIMIT) -> ImageData:   # bytes
     "A folder of images, as `open_folder` reads it, decoded once into memory."
     train, test, size = open_folder(path, size)
-    require(_bytes(train, test, size) <= MEMORY_LIMIT, f"{path} decodes to more than {MEMORY_LIMIT >> 30} GiB: use get_dataloaders, which streams it")
-    name, files = Path(path).expanduser().resolve().name, [(f, os.path.getsize(f), os.path.getmtime(f)) for f, _ in train.samples + test.samples]
+    require(_bytes(train, test, size) <= memory_limit, f"{path} decodes to more than {memory_limit / 2**30:.3g} GiB: use get_dataloaders, which streams it")
+    name, files = Path(path).expanduser().resolve().name, [(os.path.abspath(f), os.path.getsize(f), os.path.getmtime(f)) for f, _ in train.samples + test.samples]
     decode = lambda: dict(train=_decode(train, size), test=_decode(test, size), train_labels=np.array(train.targets), test_labels=np.array(test.targets))
     return _image_data(cached(f"folder-{name}", ("1", size, files), decode), name, train.classes)
 
@@ -272,7 +272,7 @@ def _decode(dataset, size):
         for i, (image, _) in enumerate(pool.imap(dataset.__getitem__, range(len(dataset)), 64)): images[i] = image
     return images
 
-# %% ../nbs/02_data.ipynb #1ca3ecc0
+# %% ../nbs/02_data.ipynb #12abe92a
 @typed
 def load_images(
     name: str,       # photos, cifar10, mnist, fashion_mnist, a folder, or an .npy/.npz file
@@ -280,8 +280,7 @@ def load_images(
     size: int = 0,   # side of the images; 0: the set's own
 ) -> ImageData:
     "Any data set as uint8 tensors."
-    require(size >= 0 and size % 4 == 0, f"image_size is {size}: give a multiple of 4, because the encoder shrinks by 4")
-    if _is_folder(name): return load_folder(name, size)
+    if _is_folder(name, size): return load_folder(name, size)
     data = load_photos() if name == "photos" else load_torchvision(name, root) if name in TORCHVISION else load_arrays(name)
     h, w = data.train.shape[2:]
     require(size or h == w and h % 4 == 0, f"the images of {name} are {h} by {w}: give image_size, a multiple of 4 such as 32, to crop and resize them")
@@ -289,7 +288,8 @@ def load_images(
     if (size or h, size or w) != (h, w): data = data._replace(train=fit(data.train), test=fit(data.test))
     return data
 
-def _is_folder(name):
+def _is_folder(name, size):
+    require(size >= 0 and size % 4 == 0, f"image_size is {size}: give a multiple of 4, because the encoder shrinks by 4")
     path, names = Path(name).expanduser(), sorted(("photos", *TORCHVISION))
     if name in names or path.suffix in (".npy", ".npz"): return False
     require(name and (path.is_dir() or len(path.parts) > 1), f"unknown data set {name!r}: choose one of {', '.join(names)}, or give a folder of images or an .npy/.npz file")
@@ -338,7 +338,7 @@ class Batches:
     def __iter__(self):
         for i in self.indices(): yield normalize(self.images[i].to(self.device)), self.labels[i].to(self.device)
 
-# %% ../nbs/02_data.ipynb #5e4820ae
+# %% ../nbs/02_data.ipynb #053710fd
 class StreamedBatches(Batches):
     "`Batches` of a data set of (uint8 image, label) pairs that worker processes decode anew in every epoch."
     def __init__(self, dataset, workers: int = 0, **options):
@@ -346,7 +346,7 @@ class StreamedBatches(Batches):
         self.dataset, self.workers = dataset, workers
 
     def __iter__(self):
-        steps, pin = [i.tolist() for i in self.indices()], torch.device(self.device).type == "cuda"
+        steps, pin = [i.tolist() for i in self.indices() if len(i)], torch.device(self.device).type == "cuda"
         try:
             for x, y in DataLoader(self.dataset, batch_sampler=steps, num_workers=self.workers, pin_memory=pin, generator=torch.Generator()):
                 yield normalize(x.to(self.device, non_blocking=pin)), y.to(self.device, non_blocking=pin)
@@ -355,7 +355,7 @@ class StreamedBatches(Batches):
         except RuntimeError as e:
             raise e if "DataLoader worker" not in str(e) else BavqError("a loader process was killed, perhaps for lack of memory: resume the run, with fewer workers") from None
 
-# %% ../nbs/02_data.ipynb #22f748ba
+# %% ../nbs/02_data.ipynb #00558ce9
 @typed
 def get_dataloaders(
     name: str = "photos",    # what `load_images` accepts
@@ -372,12 +372,12 @@ def get_dataloaders(
     "Loaders of the training and of the test images."
     for k, v, low in ("batch_size", batch_size, 1), ("workers", workers, 0): require(v >= low, f"{k} is {v}: give at least {low}")
     options = dict(batch_size=batch_size, seed=seed, device=device, rank=rank, world_size=world_size)
-    folder = open_folder(name, image_size) if _is_folder(name) else None
+    folder = open_folder(name, image_size) if _is_folder(name, image_size) else None
     if folder and _bytes(*folder) > memory_limit:
         keep = _choice(len(folder[0]), train_size, name)
         train, test = StreamedBatches(Subset(folder[0], keep.tolist()), workers, **options), StreamedBatches(folder[1], workers, train=False, **options)
     else:
-        d = load_images(name, root, image_size)
+        d = load_folder(name, image_size, memory_limit) if folder else load_images(name, root, image_size)
         keep = _choice(len(d.train), train_size, name)
         train, test = Batches(d.train[keep], d.train_labels[keep], **options), Batches(d.test, d.test_labels, train=False, **options)
     train.dataset_name = test.dataset_name = Path(name).stem

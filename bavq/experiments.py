@@ -46,15 +46,15 @@ def only_process(what: str) -> None:
     "Refuse what several processes would do several times over, and into one folder."
     require((n := int(os.environ.get("WORLD_SIZE", 1))) == 1, f"{what} was started in {n} processes: start it once, without torchrun or accelerate launch, which are for a single training run")
 
-# %% ../nbs/13_experiments.ipynb #945b1dcd
+# %% ../nbs/13_experiments.ipynb #03ac0a92
 def environment(
     device="cpu",  # that trains
 ) -> dict:
     "What made a result: commit, versions, the device that trains, number of threads."
     import torch
     from importlib.metadata import version
-    git = ["git", "-C", str(Path(sys.modules[BavqError.__module__].__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    commit = shutil.which("git") and subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    git = ["git", "-C", str(home := Path(sys.modules[BavqError.__module__].__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    commit = not {"site-packages", "dist-packages"} & {*home.parts} and shutil.which("git") and subprocess.run(git, capture_output=True, text=True).stdout.strip()
     versions = dict(python=platform.python_version(), **{k: version(k) for k in ("torch", "torchvision", "accelerate", "numpy")})
     device = torch.cuda.get_device_name(device) if "cuda" in str(device) else f"{device}, {platform.machine()}"
     return dict(commit=commit or "unknown", versions=versions, device=device, threads=torch.get_num_threads())
@@ -81,23 +81,24 @@ def run(
     if record: record_run(folder, record)
     return read_json(folder / "final_metrics.json")
 
-# %% ../nbs/13_experiments.ipynb #62c5d718
+# %% ../nbs/13_experiments.ipynb #6414473c
 def warmup_file(
     t,          # a `bavq.training.Training`
     out: Path,  # where the runs are
 ) -> Path | None:
-    "Where the state at the end of this run's warm-up is kept; None, if the warm-up does not end with an epoch."
-    c = t.config
-    shared = replace(c, name="", quantizer="", codebook_size=2, options={})
-    return out / f".warmup-{run_name(shared)}.pt" if c.warmup_steps and c.warmup_steps % len(t.train_loader) == 0 else None
+    "Where the state at the end of this run's warm-up is kept, by configuration, images and versions; None, if the warm-up does not end with an epoch or images are streamed."
+    import torch
+    c, digest = t.config, hashlib.sha256(f"{sys.modules['bavq'].__version__} {torch.__version__}".encode())
+    if not c.warmup_steps or c.warmup_steps % len(t.train_loader) or t.train_loader.images.is_meta: return None
+    for loader in (t.train_loader, t.test_loader): digest.update(loader.images.cpu().numpy())
+    return out / f".warmup-{run_name(replace(c, name='', quantizer='', codebook_size=2, options={}))}-{digest.hexdigest()[:8]}.pt"
 
 def keep_warmup(t, out: Path) -> None:
     "At the end of the warm-up, keep the networks, what the optimizer remembers of them, and the history."
     import torch
-    path = warmup_file(t, out)
-    if not path or path.exists() or t.epoch * len(t.train_loader) != t.config.warmup_steps or not t.accelerator.is_main_process: return
-    networks = {k: v for k, v in t.model.state_dict().items() if not k.startswith("quantizer")}
-    state = dict(networks=networks, optimizer=t.optimizer.state_dict()["state"], history=t.history, rng_state=get_rng_state())
+    if t.epoch * len(t.train_loader) != t.config.warmup_steps or not t.accelerator.is_main_process: return
+    if not (path := warmup_file(t, out)) or path.exists(): return
+    state = dict(networks={k: v for k, v in t.model.state_dict().items() if not k.startswith("quantizer")}, optimizer=t.optimizer.state_dict()["state"], history=t.history, rng_state=get_rng_state())
     atomic_write(path, lambda f: torch.save(state, f))
 
 def take_warmup(t, out: Path) -> None:
@@ -110,15 +111,14 @@ def take_warmup(t, out: Path) -> None:
     set_rng_state(state["rng_state"])
     t.history, t.epoch = list(state["history"]), len(state["history"])
 
-# %% ../nbs/13_experiments.ipynb #9175ed1f
+# %% ../nbs/13_experiments.ipynb #77e24c62
 def record_run(
     folder: str | Path,   # of a finished run
     results: str | Path,  # of the study
 ) -> Path:
     "Write a finished run's `<config-id>-s<seed>.json` into a study's folder: configuration, environment, seconds, final metrics, a curve of at most 20 points."
     config, history = config_from_dict(read_json((folder := Path(folder)) / "config.json")), read_history(folder)
-    points = (history[i] for i in sorted({round(i * (len(history) - 1) / 19) for i in range(20)}))
-    curve = [{k: h[k] for k in ("epoch", "psnr", "perplexity", "usage_rate") if k in h} for h in points]
+    curve = [{k: history[i][k] for k in ("epoch", "psnr", "perplexity", "usage_rate") if k in history[i]} for i in sorted({round(i * (len(history) - 1) / 19) for i in range(20)})]
     record = dict(config=asdict(replace(config, name="", data_root="")), seed=config.seed, **read_json(folder / "environment.json"),
                   seconds=round(sum(h["seconds"] for h in history), 1), metrics=read_json(folder / "final_metrics.json"), curve=curve)
     return write_json(Path(results) / f"{config_id(config)}-s{config.seed}.json", record)
@@ -246,7 +246,7 @@ def connected(cluster: Ray):
     finally:
         if mine: ray.shutdown()
 
-# %% ../nbs/13_experiments.ipynb #69cfa80f
+# %% ../nbs/13_experiments.ipynb #f4fcb5ce
 def as_task(
     config: RunConfig,  # of the run
     options: dict,      # of `run`
@@ -266,15 +266,14 @@ def as_task(
     if shared: note(mark.parent, run=folder.name, event="started", machine=ray.get_runtime_context().get_node_id()[:8], epochs=len(read_history(folder)))
     try: outcome = attempt(config, options)
     except Interrupted: os._exit(1)
-    return outcome, {} if shared or outcome[2] else {p.name: p.read_bytes() for p in folder.iterdir() if p.name != ".lock"}
+    return outcome, {} if shared or outcome[2] else {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file() and p.name != ".lock"}
 
 def wait_until_free(folder: Path, seconds: float = 30) -> None:
     "Wait for another process that trains in a folder: when a machine is lost, its processes may live a little longer."
     until = time.monotonic() + seconds
     while folder.exists() and time.monotonic() < until:
-        try:
-            with only_writer(folder): return
-        except BavqError: time.sleep(0.2)
+        with contextlib.suppress(BavqError), only_writer(folder): return
+        time.sleep(0.2)
 
 def note(out: Path, **what) -> None:
     "Add a line to the log of a sweep on a cluster, sweep.jsonl."
@@ -353,7 +352,7 @@ def study_configs(
     return [replace(study.base, quantizer=q, codebook_size=K, options=study.base.options | o, seed=s)
             for s in range(study.seeds) for K, o in arms for q in study.quantizers]
 
-# %% ../nbs/13_experiments.ipynb #1d4053f3
+# %% ../nbs/13_experiments.ipynb #622aea28
 def read_config(
     path: str | Path,               # of a YAML file
     base: RunConfig = RunConfig(),  # where the other values come from
@@ -364,4 +363,4 @@ def read_config(
     except (OSError, UnicodeDecodeError) as e: raise BavqError(f"{path} cannot be read ({type(e).__name__}): check the path") from None
     except (yaml.YAMLError, RecursionError) as e: raise BavqError(f"{path} is not YAML ({' '.join(str(e).split())[:120]}): write one `name: value` a line") from None
     require(isinstance(d, dict) and all(isinstance(k, str) for k in d), f"{path} holds no names and values: write one `name: value` a line")
-    return config_from_dict(d, base)
+    return config_from_dict(d | ({"precision": "no"} if d.get("precision") is False else {}), base)   # YAML's no

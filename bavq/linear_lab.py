@@ -60,13 +60,14 @@ def polar(A: np.ndarray) -> np.ndarray:
     U, _, Vt = np.linalg.svd(A, full_matrices=False)
     return U @ Vt
 
-# %% ../nbs/18_linear_lab.ipynb #7bbb3b4b
+# %% ../nbs/18_linear_lab.ipynb #1842eafd
 def distortion_bound(
     variances: np.ndarray,  # along the principal axes
     bits: float,            # per sample, above 0
 ) -> float:                     # the squared error
     "D(R) of a Gaussian vector: `gaussian_rd`, inverted."
-    return brentq(lambda D: float(gaussian_rd(variances, D)) - bits, 1e-9 * np.sum(variances), np.sum(variances))
+    missing = lambda log_D: float(gaussian_rd(variances, np.exp(log_D))) - bits
+    return float(np.exp(brentq(missing, np.log(np.min(variances)) - 2 * bits * np.log(2) - 1e-6, np.log(np.sum(variances)))))
 
 # %% ../nbs/18_linear_lab.ipynb #aa8abe97
 def nearest(z: np.ndarray, codes: np.ndarray) -> np.ndarray:

@@ -14,7 +14,7 @@ from .plots import method_label, plot_history
 # %% auto #0
 __all__ = ['TINY', 'BackgroundRun', 'train_view', 'trainer']
 
-# %% ../nbs/31_live_training.ipynb #c4dffa5a
+# %% ../nbs/31_live_training.ipynb #8bcfedbf
 TINY = RunConfig(train_size=512, codebook_size=64, embedding_dim=16, options={"decay": "0.95"}, hidden_channels=16, residual_blocks=1, batch_size=32, lr=3e-3, epochs=20, workers=0, checkpoint_every=1)
 
 def _child():
@@ -38,7 +38,7 @@ class BackgroundRun:
         "Begin, or go on from the last checkpoint."
         require(not self.running, f"{self.folder} is training already: stop it first")
         self.stopped, self.errors = False, tempfile.TemporaryFile()
-        command = [sys.executable, "-c", "from bavq.live_training import _child; _child()", json.dumps(asdict(self.config)), str(self.folder.parent)]
+        command = [sys.executable, "-c", "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from bavq.live_training import _child; _child()", json.dumps(asdict(self.config)), str(self.folder.parent)]
         self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=self.errors)
 
     def stop(self) -> None:

@@ -222,7 +222,7 @@ def effective_rank(
     require(c.isfinite().all(), "the codebook holds NaN or infinity: look for the step at which it diverged")
     return compute_perplexity(torch.linalg.svdvals(c - c.mean(0)).square())
 
-# %% ../nbs/03_metrics.ipynb #8284fcbe
+# %% ../nbs/03_metrics.ipynb #ece17b42
 @dataclass
 class LossMeter:
     "Averages of losses over steps or images; no host synchronisation in `update`."
@@ -233,7 +233,7 @@ class LossMeter:
 
     def update(self, losses: dict[str, Tensor], weight: float = 1, norm: Tensor | None = None) -> None:
         "Add scalars, `loss` among them, weighted; and the norm of the gradient, where it counts."
-        for k, v in losses.items(): self.total[k] = self.total.get(k, 0) + weight * v.detach()
+        for k, v in losses.items(): self.total[k] = self.total.get(k, 0) + weight * v.detach().to(torch.promote_types(v.dtype, torch.float32))
         finite = losses["loss"].detach().isfinite() & (norm is None or norm.isfinite())
         self.good = self.good + (finite & (self.good == self.steps))
         self.steps, self.weight = self.steps + 1, self.weight + weight

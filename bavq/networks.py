@@ -64,7 +64,7 @@ class Encoder(nn.Module):
         require(x.dtype == dtype or torch.is_autocast_enabled(x.device.type), f"images are {x.dtype}, the network {dtype}: convert them, images.to({dtype})")
         return self.project(self.layers(x))
 
-# %% ../nbs/10_networks.ipynb #636bbe47
+# %% ../nbs/10_networks.ipynb #49e3d03b
 class FiLM(nn.Module):
     "Channels scaled and shifted by class (Perez et al. 2018); at first the identity."
     def __init__(self,
@@ -74,7 +74,7 @@ class FiLM(nn.Module):
         self.embedding = nn.Embedding.from_pretrained(torch.zeros(num_classes, 2 * channels), freeze=False)
 
     def forward(self, h: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:  # h [B, C, H, W], labels [B]
-        gamma, beta = self.embedding(labels)[:, :, None, None].chunk(2, dim=1)
+        gamma, beta = self.embedding(labels.long())[:, :, None, None].chunk(2, dim=1)
         return (1 + gamma) * h + beta
 
 def check_labels(

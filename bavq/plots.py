@@ -134,14 +134,14 @@ def show_rows(
     ax.set_yticks([1 + h / 2 + i * (h + 1) for i in range(len(rows))], [method_label(r) for r in rows], fontsize=9)
     return ax
 
-# %% ../nbs/01_plots.ipynb #9f019ceb
+# %% ../nbs/01_plots.ipynb #6e0ee65b
 def cell_borders(
     codes: np.ndarray,  # [K, 2]
 ) -> np.ndarray:
     "End points [R, 2, 2] of the borders between cells of the nearest code; open cells are closed far away."
-    far = 1e3 * max(np.ptp(codes), 1) * np.array([[1, 0], [-1, 0], [0, 1], [0, -1]])
-    v = Voronoi(np.vstack([codes, codes.mean(0) + far]))
-    return v.vertices[[r for r in v.ridge_vertices if min(r) >= 0]]
+    middle, size = codes.mean(0), np.ptp(codes) or 1   # Qhull wants them near 1
+    v = Voronoi(np.vstack([(codes - middle) / size, 1e3 * np.array([[1, 0], [-1, 0], [0, 1], [0, -1]])]))
+    return middle + size * v.vertices[[r for r in v.ridge_vertices if min(r) >= 0]]
 
 # %% ../nbs/01_plots.ipynb #dfa13de3
 @house_style()

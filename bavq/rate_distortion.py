@@ -36,7 +36,7 @@ def distance_blocks(
         d = torch.cdist(rows.double(), e.double()).square()
         yield d.new_full((len(rows),), 1 / len(x)), d
 
-# %% ../nbs/04_rate_distortion.ipynb #582adbc8
+# %% ../nbs/04_rate_distortion.ipynb #2f516352
 def ba_sums(
     blocks: Iterable,  # of (p [n], d [n, K]), the whole source
     beta: float,       # nats per unit of distortion
@@ -45,11 +45,12 @@ def ba_sums(
     "What a Blahut–Arimoto step needs of the source: log c [K], free energy F(Q) in nats, distortion of the channel."
     log_c, free_energy, distortion = torch.full_like(log_Q, -math.inf), log_Q.new_zeros(()), log_Q.new_zeros(())
     for p, d in blocks:
+        low = d.amin(1, keepdim=True); d = d - low   # so that nothing is lost where βd is large
         log_Z = torch.logsumexp(log_Q - beta * d, 1, keepdim=True)
         log_ratio = -beta * d - log_Z   # P(k|x) / Q(k)
         log_c = torch.logaddexp(log_c, torch.logsumexp(p.log()[:, None] + log_ratio, 0))
-        free_energy = free_energy - p @ log_Z[:, 0]
-        distortion = distortion + p @ ((log_Q + log_ratio).exp() * d).sum(1)
+        free_energy = free_energy + p @ (beta * low - log_Z)[:, 0]
+        distortion = distortion + p @ (((log_Q + log_ratio).exp() * d).sum(1) + low[:, 0])
     return log_c, free_energy, distortion
 
 # %% ../nbs/04_rate_distortion.ipynb #3e774210

@@ -23,25 +23,26 @@ def mean_interval(
     half = stats.t.ppf(0.975, len(x) - 1) * stats.sem(x) if len(x) > 1 else np.nan
     return x.mean(), half
 
-# %% ../nbs/14_statistics.ipynb #4e812395
+# %% ../nbs/14_statistics.ipynb #2cc8f3fc
 def paired_difference(
     a,  # values of a method: a Series, its index the seeds
     b,  # values of the baseline, likewise
 ) -> dict[str, float]:
     "Mean of a-b over the seeds that both have, its 95 % t-interval, and the p of no difference."
     seeds = a.index.intersection(b.index)
-    d = a[seeds] - b[seeds]
-    if len(d) < 2 or d.std() == 0: return dict(diff=d.mean(), low=np.nan, high=np.nan, p=np.nan)
+    d = (a[seeds] - b[seeds]).dropna(); seeds = d.index
+    if len(d) < 2 or np.ptp(d) <= 1e-12 * d.abs().max(): return dict(diff=d.mean(), low=np.nan, high=np.nan, p=np.nan)
     test = stats.ttest_rel(a[seeds], b[seeds])
     low, high = test.confidence_interval(0.95)
     return dict(diff=d.mean(), low=low, high=high, p=test.pvalue)
 
-# %% ../nbs/14_statistics.ipynb #a097ff74
+# %% ../nbs/14_statistics.ipynb #1ab86f81
 def permutation_p(
     d,  # paired differences [n]
 ) -> float:
     "p of the sign-flip permutation test of mean 0, to either side; exact up to 13 pairs."
     d = np.asarray(d, float)
+    if np.isnan(d).any(): return float("nan")
     return float(stats.permutation_test((d,), np.mean, permutation_type="samples", n_resamples=2**13, rng=0).pvalue)
 
 def bootstrap_interval(
@@ -51,7 +52,7 @@ def bootstrap_interval(
     found = stats.bootstrap((np.asarray(d, float),), np.mean, rng=0).confidence_interval
     return float(found.low), float(found.high)
 
-# %% ../nbs/14_statistics.ipynb #f61b0a39
+# %% ../nbs/14_statistics.ipynb #a1e3fddf
 def minimum_detectable_effect(
     n: int,               # pairs, at least 2
     std: float = 1.0,     # standard deviation of a single difference
@@ -62,7 +63,9 @@ def minimum_detectable_effect(
     require(n >= 2, f"n is {n}: give at least 2 pairs")
     limit = stats.t.ppf(1 - alpha / 2, n - 1)
     found = lambda effect: stats.nct.sf(limit, n - 1, effect * n**0.5) - power   # on the right side; by chance on the wrong one: next to never
-    return std * float(optimize.brentq(found, 0, 30 / n**0.5))
+    high = 1.0
+    while found(high) < 0: high *= 2
+    return std * float(optimize.brentq(found, 0, high))
 
 # %% ../nbs/14_statistics.ipynb #3ee7f8c4
 def holm(
@@ -85,7 +88,7 @@ def groups(
     fixed, own = ["data", "codebook_size", "distance"], {"quantizer", "options", "seed", "name", "data_root", "workers", "checkpoint_every", "wandb"}
     return fixed + [f.name for f in fields(RunConfig) if f.name in df and f.name not in own | {*fixed} and df[f.name].nunique() > 1]
 
-# %% ../nbs/14_statistics.ipynb #4a61c727
+# %% ../nbs/14_statistics.ipynb #21af3ec1
 def summarise(
     df,                        # a row for each run
     baseline: str = "vq_ema",  # the method that the others are compared with
@@ -93,12 +96,15 @@ def summarise(
     "Data × K × method: n, mean and half-width of the 95 % interval, paired difference to the baseline with interval and p."
     rows, by = [], groups(df)
     for key, group in df.groupby(by, dropna=False):
-        runs = {method: g.set_index("seed") for method, g in group.groupby("method")}
+        runs = {method: _one_a_seed(method, g.set_index("seed")) for method, g in group.groupby("method")}
         rows += [dict(zip(by, key)) | _summary(method, g, None if method == baseline else runs.get(baseline)) for method, g in runs.items()]
     return pd.DataFrame(rows).sort_values([*by, "psnr"], ascending=[True] * len(by) + [False], ignore_index=True)
 
-def _summary(method, runs, baseline):
+def _one_a_seed(method, runs):
     require(runs.index.is_unique, f"{method} was run twice with one seed ({', '.join(runs['run'])}): leave one of them out")
+    return runs
+
+def _summary(method, runs, baseline):
     pairs = 0 if baseline is None else len(runs.index.intersection(baseline.index))
     row = dict(method=method, n=len(runs), pairs=pairs)
     for m in METRICS:

@@ -110,7 +110,7 @@ def epoch_line(entry: dict, epochs: int) -> str:
     return (f"Epoch {entry['epoch']}/{epochs} | Train Loss {value('train_loss', '.4f')} | Val Loss {value('loss', '.4f')} | PSNR {value('psnr', '.2f')} dB"
             f" | Perplexity {value('perplexity', '.1f')} | Usage {value('usage_rate', '.1%')}")
 
-# %% ../nbs/12_training.ipynb #42555cc2
+# %% ../nbs/12_training.ipynb #c2be4086
 def make_accelerator(
     config: RunConfig,  # its precision, whether it logs
 ):
@@ -123,10 +123,11 @@ def make_accelerator(
     try: accelerator = Accelerator(mixed_precision=config.precision, log_with="wandb" if config.wandb else None, kwargs_handlers=[ddp])
     except (ValueError, ImportError) as e:
         raise BavqError(f"precision {config.precision} does not work on this machine ({' '.join(str(e).split())}): give no or bf16") from None
+    require(config.precision != "fp16" or accelerator.scaler, "precision fp16 does not work on this machine (no GPU): give no or bf16")
     require(accelerator.num_processes == 1 or parallel(), "these processes have trained their run: start new ones for another")
     return accelerator
 
-# %% ../nbs/12_training.ipynb #9c651af6
+# %% ../nbs/12_training.ipynb #be3c0bb0
 @dataclass
 class Training:
     "A run in memory: what the configuration made, and how far it has come."
@@ -150,8 +151,7 @@ def wrap(
     config: RunConfig, # learning rate, and whether there is a warm-up
 ):
     "The model as accelerate trains it, and AdamW over all its parameters."
-    in_quantizer = any(name.startswith("quantizer") for name, _ in model.named_parameters())
-    accelerator.ddp_handler.find_unused_parameters = config.warmup_steps > 0 and in_quantizer   # the warm-up leaves them out
+    accelerator.ddp_handler.find_unused_parameters = config.warmup_steps > 0 and any(k.startswith("quantizer") for k, _ in model.named_parameters())   # left out in the warm-up
     with warnings.catch_warnings():   # torch has renamed broadcast_buffers, accelerate not yet
         warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)
         return accelerator.prepare(nn.Sequential(model), torch.optim.AdamW(model.parameters(), config.lr, fused=True))
@@ -347,7 +347,7 @@ def train(
     t = prepare(config)
     with only_writer(folder) if t.accelerator.is_main_process else contextlib.nullcontext(): return fit(t, folder, resume, progress)
 
-# %% ../nbs/12_training.ipynb #f063b187
+# %% ../nbs/12_training.ipynb #16d2d928
 def load_model(
     folder: str | Path,  # of a run, finished or not
 ) -> tuple[VQVAE, RunConfig]:
@@ -356,8 +356,8 @@ def load_model(
     require(path.is_file(), f"{folder} is not the folder of a run: it has no config.json; check the path")
     state = read_weights(final) if final.exists() else (newest_checkpoint(folder) or {}).get("model_state_dict")
     require(state, f"{folder} holds no weights yet: resume the run first")
-    config = config_from_dict(read_json(path))
-    model = build_model(config, channels=state["encoder.layers.0.weight"].shape[1])
-    try: model.load_state_dict(state)
-    except RuntimeError: raise BavqError(f"the weights in {folder} are of another version of {config.quantizer}: train the run again, or use the version that made them") from None
+    config, rng = config_from_dict(read_json(path)), get_rng_state()   # which making a model seeds
+    try: (model := build_model(config, channels=state["encoder.layers.0.weight"].shape[1])).load_state_dict(state)
+    except (KeyError, RuntimeError): raise BavqError(f"the weights in {folder} are of another version of {config.quantizer}: train the run again, or use the version that made them") from None
+    finally: set_rng_state(rng)
     return model.eval(), config

@@ -43,6 +43,7 @@ BAD = {
     "train --config list.yaml": "list.yaml holds no names",
     "train --config key.yaml": "unknown configuration key 'epoch'",
     "compare --preset fast": "unknown preset",
+    "compare --data images.npz": "train_size is 6400",
     "compare --seeds -1": "seeds is -1",
     "compare --jobs -1": "jobs is -1",
     "compare --epochs -1": "epochs is -1",

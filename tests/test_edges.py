@@ -1,0 +1,178 @@
+"Cases at the edge, each of which once gave a wrong number, the wrong data or a traceback."
+import math
+import os
+import shutil
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+from bavq import data
+from bavq.core import BavqError, DiskError, RunConfig, run_name
+from bavq.experiments import run
+from bavq.explore import make_schedule
+from bavq.linear_lab import distortion_bound
+from bavq.metrics import LossMeter
+from bavq.networks import Decoder
+from bavq.plots import cell_borders
+from bavq.priors import make_prior
+from bavq.rate_distortion import blahut_arimoto
+from bavq.statistics import minimum_detectable_effect, paired_difference, permutation_p, summarise
+from bavq.training import load_model, make_accelerator, prepare, train
+
+TINY = RunConfig(train_size=64, codebook_size=8, embedding_dim=4, hidden_channels=4, residual_blocks=0, epochs=1, batch_size=32)
+
+
+def write_folder(root, color, n=2, side=8):
+    for split in ("train", "test"):
+        (root / split / "a").mkdir(parents=True)
+        for i in range(n):
+            Image.new("RGB", (side, side), (color,) * 3).save(root / split / "a" / f"{i}.bmp")
+            os.utime(root / split / "a" / f"{i}.bmp", (0, 0))
+
+
+def test_folders_of_one_relative_name_are_two(tmp_path, monkeypatch):
+    monkeypatch.setenv("BAVQ_CACHE", str(tmp_path / "cache"))
+    means = []
+    for project, color in (("one", 0), ("two", 255)):
+        write_folder(tmp_path / project / "data", color)
+        monkeypatch.chdir(tmp_path / project)
+        means.append(data.load_images("./data").train.float().mean().item())
+    assert means == [0, 255]
+
+
+def test_a_cache_is_read_where_it_cannot_be_written_and_built_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("BAVQ_CACHE", str(tmp_path))
+    built = []
+    def build(): built.append(1); return dict(x=np.arange(3))
+    def full(*a): raise DiskError("there is no room: make some")
+    with monkeypatch.context() as m, warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        m.setattr(data, "atomic_write", full)
+        assert data.cached("a", 1, build)["x"].tolist() == [0, 1, 2] and len(built) == 1 and len(said) == 1
+    data.cached("a", 1, build)
+    monkeypatch.setattr(data, "FileLock", full)
+    assert data.cached("a", 1, build)["x"].tolist() == [0, 1, 2] and len(built) == 2
+
+
+def test_a_folder_beyond_the_default_limit(tmp_path, monkeypatch):
+    monkeypatch.setenv("BAVQ_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(data, "MEMORY_LIMIT", 100)
+    write_folder(tmp_path / "f", 7, n=4)
+    assert len(data.get_dataloaders(str(tmp_path / "f"), 2, memory_limit=2**20)[0].images) == 4
+    with pytest.raises(BavqError, match="give a multiple of 4"): data.get_dataloaders(str(tmp_path / "f"), 2, image_size=30)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    assert data.read_image(str(tmp_path / "f/train/a/0.bmp")).size == (8, 8)
+
+
+def test_more_processes_than_images_are_left(tmp_path):
+    class Five:
+        def __len__(self): return 5
+        def __getitem__(self, i): return torch.zeros(3, 8, 8, dtype=torch.uint8), 0
+    shares = [[len(x) for x, _ in data.StreamedBatches(Five(), batch_size=4, train=False, rank=r, world_size=4)] for r in range(4)]
+    assert sum(map(sum, shares)) == 5
+
+
+def test_labels_of_any_whole_type(tmp_path):
+    images = np.zeros((20, 8, 8, 3), np.uint8)
+    np.savez(tmp_path / "a.npz", train=images, test=images, train_labels=np.arange(20).astype(">i4"), test_labels=np.arange(20))
+    assert data.load_images(str(tmp_path / "a.npz")).train_labels.tolist() == list(range(20))
+    np.savez(tmp_path / "b.npz", train=images, test=images, train_labels=np.arange(20) + 10**7, test_labels=np.arange(20))
+    with pytest.raises(BavqError, match="below a million"): data.load_images(str(tmp_path / "b.npz"))
+    decoder = Decoder(3, 4, 4, 1, num_classes=3)
+    for kind in (torch.uint8, torch.int16): assert decoder(torch.zeros(2, 4, 2, 2), torch.tensor([0, 2], dtype=kind)).shape == (2, 3, 8, 8)
+    prior = make_prior("pixelcnn", 8, (4, 4), channels=16, layers=1, num_classes=3)
+    assert prior.nll(torch.zeros(2, 4, 4, dtype=torch.long), torch.tensor([0, 2], dtype=torch.uint8)).shape == (2,)
+    with pytest.raises(BavqError, match="give labels"): prior.nll(torch.zeros(2, 4, 4, dtype=torch.long), torch.tensor([0.0, 2.0]))
+
+
+def test_singular_sources(): assert data.gaussian_source(3, [0.0, 0.0]).abs().sum() == 0
+
+
+def test_an_estimate_does_not_depend_on_the_batch():
+    "A prior that knows the more, the more it sees: its costs depend on how many codes are masked."
+    prior, grids = make_prior("maskgit", 8, (4, 4), channels=16, layers=1).eval(), torch.zeros(64, 4, 4, dtype=torch.long)
+    prior.logits = lambda x, cond=None: 10 * (x < 8).float().mean((1, 2))[:, None, None, None] * torch.eye(8)[0].expand(*x.shape, 8)
+    whole = prior.nll_estimate(grids).mean()
+    for n in (1, 3, 16): assert abs(torch.cat([prior.nll_estimate(g) for g in grids.split(n)]).mean() / whole - 1) < 0.25
+
+
+def test_the_transformers_cache_needs_no_context():
+    prior = make_prior("transformer", 8, (4, 4), channels=16, layers=1).eval()
+    grids, cache = torch.randint(8, (2, 4, 4)), {}
+    cached = torch.stack([prior.next_logits(grids, t, None, cache) for t in range(16)], 1)
+    torch.testing.assert_close(cached, prior.logits(grids).flatten(1, 2).detach(), rtol=1e-4, atol=1e-4)
+
+
+def test_no_significance_out_of_nothing():
+    assert math.isnan(permutation_p([1, -1, math.nan]))
+    constant = paired_difference(pd.Series([1.7] * 7), pd.Series([1.0] * 7))
+    assert constant["diff"] == pytest.approx(0.7) and math.isnan(constant["p"])
+    a, b = pd.Series([1.0, 2.0, 4.0, math.nan]), pd.Series([0.0, 1.5, 2.0, 1.0])
+    assert paired_difference(a, b) == paired_difference(a[:3], b[:3])
+    runs = pd.DataFrame([dict(data="x", codebook_size=8, distance="euclidean", method=m, seed=s, run=f"{m}{s}", psnr=1.0 + s, perplexity=2.0, usage_rate=1.0, dead_codes=0)
+                         for m, seeds in (("ba_vq", (0, 1)), ("vq_ema", (0, 0))) for s in seeds])
+    with pytest.raises(BavqError, match="vq_ema was run twice"): summarise(runs)
+
+
+def test_effects_that_few_pairs_can_find():
+    for n, options in ((2, dict(alpha=0.01)), (2, dict(power=0.99)), (3, dict(alpha=0.001))): assert 5 < minimum_detectable_effect(n, **options) < 100
+
+
+@pytest.mark.parametrize("beta", [1e3, 1e6, 1e8, 1e9])
+def test_the_rate_at_a_high_price(beta):
+    assert blahut_arimoto(torch.tensor([[1.0, 2.0], [2.0, 1.0]]), beta).rate.item() == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_bounds_of_any_scale():
+    assert distortion_bound(np.array([1e-12]), 1.0) == pytest.approx(0.25e-12) and distortion_bound(np.array([1.0]), 16.0) == pytest.approx(2.0**-32)
+
+
+def test_borders_of_any_scale():
+    codes = np.random.default_rng(0).uniform(-1, 1, (512, 2))
+    assert len({len(cell_borders(c)) for c in (codes, codes / 512, codes * 1e-4, codes + 1e6)}) == 1
+
+
+def test_averages_of_low_precision():
+    meter = LossMeter()
+    for _ in range(1000): meter.update(dict(loss=torch.tensor(1.0, dtype=torch.bfloat16)))
+    assert meter.compute()["loss"] == pytest.approx(1)
+
+
+def test_half_precision_needs_a_gpu():
+    if torch.cuda.is_available(): pytest.skip("this machine has one")
+    with pytest.raises(BavqError, match="fp16 does not work on this machine"): make_accelerator(RunConfig(precision="fp16"))
+    prepare(TINY)   # the next one is as ever
+
+
+def test_loading_draws_nothing(tmp_path):
+    train(TINY, tmp_path / "run", progress=False)
+    torch.manual_seed(7); before = torch.rand(1)
+    torch.manual_seed(7); load_model(tmp_path / "run")
+    assert torch.equal(torch.rand(1), before)
+    torch.save(dict(x=torch.zeros(1)), tmp_path / "run" / "final_model.pt")
+    with pytest.raises(BavqError, match="of another version"): load_model(tmp_path / "run")
+
+
+def test_a_warm_up_is_of_its_images(tmp_path, monkeypatch):
+    "Other pictures behind the same path: nothing of the old ones is left in a new run."
+    monkeypatch.chdir(tmp_path)
+    def images(seed, top):
+        a = np.random.default_rng(seed).integers(0, top, (80, 16, 16, 3), dtype=np.uint8)
+        np.savez("v.npz", train=a[:64], test=a[64:])
+    c = replace(TINY, data="v.npz", train_size=0, epochs=3, warmup_steps=4, lr=3e-3)
+    images(0, 255); run(c, "one", progress=False)
+    images(1, 60); shutil.rmtree(tmp_path / "one" / run_name(c))
+    assert run(c, "one", progress=False) == run(c, "two", progress=False)
+    assert len(list((tmp_path / "one").glob(".warmup-*"))) == 2
+
+
+def test_a_schedule_by_entropy_keeps_its_ends(monkeypatch):
+    monkeypatch.chdir(Path(__file__).resolve().parent.parent / "nbs")   # beside the records
+    f = make_schedule("entropy", 50, 1000)
+    assert f(0) == pytest.approx(50) and f(1) == pytest.approx(1000) and 100 < f(0.5) < 500
