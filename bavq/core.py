@@ -47,7 +47,7 @@ def choose(
     require(isinstance(name, str) and name in table, f"unknown {what} {brief(name)}: choose one of {', '.join(sorted(table))}")
     return table[name]
 
-# %% ../nbs/00_core.ipynb #f0c1fcba
+# %% ../nbs/00_core.ipynb #947bedc9
 def is_number(v) -> bool: return isinstance(v, numbers.Real) and not isinstance(v, bool) and v == v
 def is_whole(v) -> bool: return is_number(v) and abs(v) < 2**63 and v == int(v)
 
@@ -74,7 +74,7 @@ def typed(f):
     @functools.wraps(f)
     def checked(*args, **options):
         for k, v in (bound := signature.bind(*args, **options)).arguments.items():
-            (kind, default) = kinds.get(k, ("", None)); wanted, fits = _KINDS.get(kind, ("", lambda v: True))
+            kind, default = kinds.get(k, ("", None)); wanted, fits = _KINDS.get(kind, ("", lambda v: True))
             if not (v is None and default is None or fits(v)): raise BavqError(f"{k} is {brief(v)}: give {wanted}")
             if kind == "int" and v is not None: bound.arguments[k] = int(v)   # 512.0 is 512
         return f(*bound.args, **bound.kwargs)

@@ -247,7 +247,7 @@ def train_prior(
     folder = Path(run) / "priors" / (config.name or config.kind)
     return fit_prior(config, extract_codes(run, data_root), folder, resume, progress)
 
-# %% ../nbs/27_prior_training.ipynb #3f889f7a
+# %% ../nbs/27_prior_training.ipynb #9c5106a5
 def sample_images(
     folder: str | Path,  # of a trained prior, in priors/ of its run
     n: int = 8,          # images of each class
@@ -257,9 +257,9 @@ def sample_images(
     "New images of every class: grids drawn from the prior, decoded by the autoencoder whose codes it learned."
     prior, (model, _) = load_prior(folder), load_model(Path(folder).resolve().parents[1])
     require(n >= 1, f"n is {n}: give at least 1")
-    classes, _ = prior.condition.num_classes, set_seed(seed)
-    grids = [prior.sample(n, torch.full((n,), c) if classes else None, **options) for c in range(classes or 1)]
-    return {f"class {c}" if classes else "any": model.decode_codes(g) for c, g in enumerate(grids)}
+    classes = prior.condition.num_classes
+    set_seed(seed)
+    return {f"class {c}" if classes else "any": model.decode_codes(prior.sample(n, torch.full((n,), c) if classes else None, **options)) for c in range(classes or 1)}
 
 def samples_figure(
     folder: str | Path,  # of a trained prior, in priors/ of its run
