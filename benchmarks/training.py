@@ -2,7 +2,9 @@
 
 The straightforward loop is the one of most examples: torchvision's ImageFolder in a DataLoader opens each picture with PIL and turns it to floats, the
 memory format and the optimizer are the default ones, losses are fetched after every step, and VQ-EMA is written with a table of distances and a one-hot
-matrix. The arms change one thing after another; the package is `bavq.training` as it stands. Beside them stand the straightforward loop around the
+matrix. The arms change one thing after another; the package is `bavq.training` as it stands. Pictures are files of the size that the network sees, but
+for `photographs`: JPEG files of 256 by 256 pixels that are resized to 64 by 64, as in training on pictures of one's own; there is a loop with loader
+processes too, where seconds are of the clock. Beside them stand the straightforward loop around the
 quantizer of vector-quantize-pytorch, the package in bfloat16, and with BA-VQ. All train the same network on the same images in the same order, by turns,
 an epoch each, so that a busy machine slows all alike: ratios are medians over rounds of one run. The losses of the first steps are compared, with the
 same random numbers; later, rounding puts a latent to another code, and runs slowly part. On one thread of a processor a second is one of processor
@@ -10,6 +12,7 @@ time; on several threads, and on a GPU, one of the clock. Writes results/bench/t
 import argparse
 import itertools
 import json
+import os
 import platform
 import statistics
 import tempfile
@@ -17,14 +20,16 @@ import time
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from unittest import mock
 
+import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 
 from bavq.core import RunConfig, set_seed, write_json
-from bavq.data import get_dataloaders, load_images
+from bavq.data import PHOTOS, get_dataloaders, photo_path
 from bavq.experiments import cores
 from bavq.quantizer import Quantized, from_rows, initialise, latent_rows, register_quantizer, squared_distances
 from bavq.training import build_model, loss_terms, make_accelerator, prepare, train_epoch
@@ -35,33 +40,63 @@ OUT, QUICK = ROOT / "results/bench", ROOT / "experiments/bench-quick"
 SMALL = RunConfig(quantizer="vq_ema", hidden_channels=16, embedding_dim=64, codebook_size=256, batch_size=64, lr=1e-3, train_size=1280)
 NETWORKS = dict(
     tiny=replace(SMALL, hidden_channels=8, embedding_dim=8, residual_blocks=1, codebook_size=32), small=SMALL, study=replace(SMALL, codebook_size=512, batch_size=32),
+    photographs=replace(SMALL, codebook_size=512, batch_size=32, image_size=64, train_size=640),
     wide=replace(SMALL, hidden_channels=256, embedding_dim=256, codebook_size=512, batch_size=32, lr=3e-4, train_size=64))
-PLAIN, PEER = "straightforward", "straightforward, peer's"
+PLAIN, PEER, WORKERS = "straightforward", "straightforward, peer's", "straightforward, loader processes"
 OTHERS = PEER, "the package, bf16", "the package, BA-VQ"  # another quantizer or precision, so other losses
 STEPS, TOLERANCE = 10, 1e-4  # steps compared, and the largest relative difference of a loss that counts as rounding
 
 
 class Pictures:
-    "PIL images, one by one, in the order of a loader: from files, or held in memory as torchvision's smaller data sets are."
-    def __init__(self, loader, folder=None):
-        arrays = loader.images.permute(0, 2, 3, 1).cpu().numpy()
-        to_float = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.5,) * 3, (0.5,) * 3)])
-        self.order = loader
-        if folder is None: self.items = InMemory(arrays, to_float); return
-        (folder / "all").mkdir()
-        for i, x in enumerate(arrays): Image.fromarray(x).save(folder / "all" / f"{i:07d}.png")
-        self.items = datasets.ImageFolder(folder, to_float)
+    "Pictures opened with PIL one by one, in the order of a loader."
+    def __init__(self, loader, items, workers=0):
+        self.loader, order = loader, Order(loader)
+        self.data = DataLoader(items, batch_sampler=order, num_workers=workers, persistent_workers=workers > 0)
 
     def __iter__(self):
-        batches = [i.tolist() for i in self.order.indices()]
-        for x, y in DataLoader(self.items, batch_sampler=batches): yield x.to(self.order.device), y.to(self.order.device)
+        for x, y in self.data: yield x.to(self.loader.device), y.to(self.loader.device)
+
+
+class Order:
+    "The batches of a loader's epoch, as lists of indices."
+    def __init__(self, loader): self.loader = loader
+    def __len__(self): return len(self.loader)
+    def __iter__(self): return (i.tolist() for i in self.loader.indices())
 
 
 class InMemory:
-    "Arrays that become PIL images when they are asked for."
-    def __init__(self, arrays, transform): self.arrays, self.transform = arrays, transform
+    "Arrays that become PIL images when they are asked for, as torchvision's smaller data sets are."
+    def __init__(self, images): self.arrays, self.to_float = images.permute(0, 2, 3, 1).cpu().numpy(), to_float()
     def __len__(self): return len(self.arrays)
-    def __getitem__(self, i): return self.transform(Image.fromarray(self.arrays[i])), 0
+    def __getitem__(self, i): return self.to_float(Image.fromarray(self.arrays[i])), 0
+
+
+def to_float(size=0):
+    "The usual transforms of a PIL image, with resizing where a size is given."
+    resize = [transforms.Resize(size, transforms.InterpolationMode.BICUBIC)] if size else []
+    return transforms.Compose([*resize, transforms.ToTensor(), transforms.Normalize((0.5,) * 3, (0.5,) * 3)])
+
+
+def write_files(config, root):
+    "The training images of a configuration as PNG files in train/all; or photographs to resize, and the configuration that reads them."
+    for part in ("train", "test"): (root / part / "all").mkdir(parents=True)
+    if config.image_size:
+        save_photographs(config.train_size, root)
+        return replace(config, data=str(root))
+    images = get_dataloaders(config.data, config.batch_size, train_size=config.train_size)[0].images
+    for i, x in enumerate(InMemory(images).arrays): Image.fromarray(x).save(root / "train/all" / f"{i:07d}.png")
+    return config
+
+
+def save_photographs(n, root):
+    "Crops of the photographs, 256 by 256, as JPEG files in train/all, and as few as allowed in test/all."
+    photographs = [Image.open(photo_path(name)).convert("RGB") for name in PHOTOS]
+    place = np.random.default_rng(0)
+    for i in range(n + 1):
+        im = photographs[i % len(photographs)]
+        left, top = place.integers(im.width - 255), place.integers(im.height - 255)
+        part = "train" if i < n else "test"
+        im.crop((left, top, left + 256, top + 256)).save(root / part / "all" / f"{i:07d}.jpg", quality=90)
 
 
 @register_quantizer("vq_ema_dense")
@@ -109,14 +144,16 @@ def own_loop(config):
     return lambda data: [train_epoch(t.net, data, t.optimizer, clip_grad=config.clip_grad, accelerator=t.accelerator)["loss"]]
 
 
-def arms(config, loader, folder):
+def arms(config, loader, files):
     "What is timed, by name: the data, and the epoch."
-    files, last, keep = Pictures(loader, folder), dict(memory_format=torch.channels_last), dict(keep=leave)
+    last, keep, read = dict(memory_format=torch.channels_last), dict(keep=leave), Pictures(loader, files)
+    by_clock = "cuda" in str(loader.device) or torch.get_num_threads() > 1   # only the clock sees the time of loader processes
     return {
-        PEER: (files, plain_loop(replace(config, quantizer="peer_vq", options={"gradient": "straight_through"}), loader, fetch_each)),
-        PLAIN: (files, plain_loop(replace(config, quantizer="vq_ema_dense"), loader, fetch_each)),
-        "quantizer without tables": (files, plain_loop(config, loader, fetch_each)),
-        "pictures from memory": (Pictures(loader), plain_loop(config, loader, fetch_each)),
+        PEER: (read, plain_loop(replace(config, quantizer="peer_vq", options={"gradient": "straight_through"}), loader, fetch_each)),
+        PLAIN: (read, plain_loop(replace(config, quantizer="vq_ema_dense"), loader, fetch_each)),
+        **({WORKERS: (Pictures(loader, files, cores()), plain_loop(replace(config, quantizer="vq_ema_dense"), loader, fetch_each))} if by_clock and config.image_size else {}),
+        "quantizer without tables": (read, plain_loop(config, loader, fetch_each)),
+        "pictures from memory": (Pictures(loader, InMemory(loader.images)), plain_loop(config, loader, fetch_each)),
         "tensors from memory": (loader, plain_loop(config, loader, fetch_each)),
         "losses fetched once": (loader, plain_loop(config, loader, **keep)),
         "channels last": (loader, plain_loop(config, loader, **keep, **last)),
@@ -153,17 +190,19 @@ def compare_losses(losses):
     return found
 
 
-def measure(config, rounds, device, folder):
-    "One network: the first steps of every arm, to compare them; then every arm in each round."
-    loader = get_dataloaders(config.data, config.batch_size, train_size=config.train_size, device=device)[0]
-    todo, seconds, n = arms(config, loader, folder), {}, len(loader) * config.batch_size
+def measure(config, rounds, device, root):
+    "One network, its pictures as files below `root`: the first steps of every arm, to compare them; then every arm in each round."
+    config, data_seconds = write_files(config, root), {}
+    make = lambda: get_dataloaders(config.data, config.batch_size, train_size=config.train_size, image_size=config.image_size, device=device)[0]
+    if config.image_size: data_seconds["decoded once"] = [timed(make, device)]
+    loader, files = make(), datasets.ImageFolder(root / "train", to_float(config.image_size))
+    todo, seconds, n = arms(config, loader, files), {}, len(loader) * config.batch_size
     read = {name: todo[name][0] for name in (PLAIN, "pictures from memory", "tensors from memory")}
-    data_seconds = {k: [] for k in read}
     difference = compare_losses({name: first_steps(data, epoch) for name, (data, epoch) in todo.items()})
     for turn in range(rounds):
         loader.set_epoch(turn)
         for name, (data, epoch) in todo.items(): seconds.setdefault(name, []).append(timed(lambda: epoch(data), device))
-        for name, data in read.items(): data_seconds[name].append(timed(lambda: [None for _ in data], device))
+        for name, data in read.items(): data_seconds.setdefault(name, []).append(timed(lambda: [None for _ in data], device))
     plain = seconds[PLAIN]
     rows = []
     for name, s in seconds.items():
@@ -188,7 +227,6 @@ def main():
     parser.add_argument("--rounds", type=int, default=7, help="epochs of each arm")
     parser.add_argument("--quick", action="store_true", help="the smallest network, two rounds, written to experiments/bench-quick: to see that it works, not to quote")
     args = parser.parse_args()
-    load_images("photos")
     device = make_accelerator(SMALL).device
     path = (QUICK if args.quick else OUT) / ("training-cuda.json" if device.type == "cuda" else "training.json")
     found = json.loads(path.read_text()) if path.exists() else dict(networks={})
@@ -196,7 +234,8 @@ def main():
     todo = ["tiny"] if args.quick else args.network or NETWORKS
     for network, threads in itertools.product(todo, sorted({1, cores()}) if device.type == "cpu" else [1]):
         torch.set_num_threads(threads)
-        with tempfile.TemporaryDirectory() as folder: one = measure(NETWORKS[network], 2 if args.quick else args.rounds, device, Path(folder))
+        with tempfile.TemporaryDirectory() as root, mock.patch.dict(os.environ, BAVQ_CACHE=f"{root}/cache"):
+            one = measure(NETWORKS[network], 2 if args.quick else args.rounds, device, Path(root))
         found["networks"][f"{network}, {threads} thread{'s' * (threads > 1)}"] = one
         write_json(path, found)
         print(f"{network}, threads: {threads}")

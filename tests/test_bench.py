@@ -58,6 +58,8 @@ def test_the_training_loops_have_the_same_losses(tmp_path, monkeypatch):
 
     from bavq.data import get_dataloaders
     config = training.replace(training.NETWORKS["tiny"], train_size=640)
-    todo = training.arms(config, get_dataloaders("photos", 64, train_size=640)[0], tmp_path)
+    config = training.write_files(config, tmp_path)
+    files = training.datasets.ImageFolder(tmp_path / "train", training.to_float())
+    todo = training.arms(config, get_dataloaders("photos", 64, train_size=640)[0], files)
     found = training.compare_losses({name: training.first_steps(data, epoch) for name, (data, epoch) in todo.items()})  # says where they differ
     assert max(v for name, v in found.items() if name not in training.OTHERS) < training.TOLERANCE and found[training.PEER] > 0
