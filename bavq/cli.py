@@ -17,7 +17,7 @@ from .prior_training import PriorConfig
 __all__ = ['Train', 'Compare', 'compare', 'print_tables', 'Evaluate', 'Summarise', 'PriorTrain', 'PriorSample', 'Prior',
            'Compress', 'Decompress', 'Lab', 'parse', 'one_line', 'main']
 
-# %% ../nbs/29_cli.ipynb #3873d02b
+# %% ../nbs/29_cli.ipynb #ff4844e1
 @dataclass
 class Train:
     "Train one model."
@@ -26,6 +26,7 @@ class Train:
     preset: str = ""          # or a preset: quick, cpu, gpu, paper
     resume: bool = False      # go on with the run of that name
     out: str = "experiments"  # where the run's folder is made
+    again = "the same command with --resume goes on"
 
     def __call__(self):
         run(self.run, self.out, self.resume)
@@ -48,6 +49,7 @@ class Compare:
     gpus: float = 0.0         # likewise; a part lets runs share one
     out: str = "experiments"  # where the runs' folder is made
     record: str = ""          # folder for the record of each run
+    again = "the same command goes on"
 
     def __call__(self): compare(self)
 
@@ -127,7 +129,7 @@ class Summarise:
         partial = sorted(str(p.parent) for p in Path(self.folder).rglob("history.jsonl") if p.parent not in done and p.parent.parent.name != "priors")
         if partial: print(f"\nnot finished: {', '.join(partial)}")
 
-# %% ../nbs/29_cli.ipynb #5c491cb3
+# %% ../nbs/29_cli.ipynb #09271371
 @dataclass
 class PriorTrain:
     "Train a model of a run's codes; what an image really costs, in bits a code."
@@ -135,6 +137,7 @@ class PriorTrain:
     prior: PriorConfig = field(default_factory=PriorConfig)
     resume: bool = False  # go on with what is there
     data_root: str = ""   # where torchvision's data sets lie; empty: where the run found them
+    again = Train.again
 
     def __call__(self):
         from bavq.prior_training import train_prior
@@ -157,11 +160,12 @@ class PriorSample:
 class Prior:
     "A model of a run's codes: train it, or draw new images from it."
     verb: Union[Annotated[PriorTrain, tyro.conf.subcommand("train")], Annotated[PriorSample, tyro.conf.subcommand("sample")]]
+    again = property(lambda self: getattr(self.verb, "again", ""))   # what to do after a stop, as everywhere
 
     def __call__(self): self.verb()
 
 
-# %% ../nbs/29_cli.ipynb #a8e087ba
+# %% ../nbs/29_cli.ipynb #e3933ebf
 @dataclass
 class Compress:
     "Write every image of a folder as a small file of a run's codes."
@@ -170,6 +174,7 @@ class Compress:
     out: tyro.conf.Positional[str]     # folder for the files
     prior: str = ""   # folder of a trained prior; empty: none
     coding: str = ""  # uniform, marginal or prior; empty: the best there is
+    again = "remove what is written, or give another folder, and start again"
 
     def __call__(self):
         from bavq.compression import compress_folder
@@ -182,6 +187,7 @@ class Decompress:
     folder: tyro.conf.Positional[str]  # with the files
     out: tyro.conf.Positional[str]     # folder for PNG files
     prior: str = ""   # the same prior
+    again = Compress.again
 
     def __call__(self):
         from bavq.compression import decompress_folder
@@ -222,7 +228,7 @@ def parse(
         if not e.code: raise
         raise BavqError(one_line(said.getvalue())) from None
 
-# %% ../nbs/29_cli.ipynb #4fe120e5
+# %% ../nbs/29_cli.ipynb #28a3b9d7
 def one_line(
     box: str,  # as tyro prints it
 ) -> str:
@@ -235,7 +241,7 @@ def main(
     args: list[str] | None = None,  # what was typed after `bavq`; None: this process's own
 ) -> None:
     "The command `bavq`; whatever the user can mend ends with one line and exit code 2."
-    args = list(sys.argv[1:] if args is None else args)
+    args, command = list(sys.argv[1:] if args is None else args), None
     try:
         command = parse([a for a in args if a != "--debug"] or ["--help"])
         if not isinstance(command, Train): only_process(type(command).__name__.lower())
@@ -247,5 +253,6 @@ def main(
         print(f"bavq: {' '.join(str(e).split())}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt as e:   # Ctrl-C: 130; a cluster that takes its machine back (SIGTERM): 143
-        print(f"bavq: {str(e) or 'stopped'}: the same command goes on (train: with --resume)", file=sys.stderr)
+        again = getattr(command, "again", "")
+        print(f"bavq: {str(e) or 'stopped'}" + f": {again}" * bool(again), file=sys.stderr)
         raise SystemExit(128 + getattr(e, "number", 2)) from None

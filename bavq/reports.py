@@ -118,17 +118,19 @@ def make_judges(
             notes.append(str(e))
     return Judges({k: v for k, v in made.items() if k != "lpips"}, made.get("lpips"), tuple(notes))
 
-# %% ../nbs/28_reports.ipynb #4acffd64
+# %% ../nbs/28_reports.ipynb #ab695fbb
 def find_runs(
     paths,  # run folders, folders of runs, or files of weights
-) -> list[Path]:
-    "Every run that can be opened among or below the paths, none twice."
+) -> dict[str, Path]:
+    "Every run that can be opened among or below the paths, none twice, by a name that is its own."
     found = []
     for p in map(Path, paths):
         here = [p] if p.suffix == ".pt" or (p / "config.json").exists() and not _is_prior(p) else sorted({w.parent for k in ("final_model.pt", "checkpoint_epoch*.pt") for w in p.rglob(k) if not _is_prior(w.parent)})
         require(here, f"{p} is neither the folder of a run nor one that holds runs with weights: check the path" + " (records of a study hold no weights: train its runs again)" * p.is_dir())
         found += here
-    return list({p.resolve(): p for p in found}.values())
+    found = list({p.resolve(): p for p in found}.values())
+    names = [p.resolve().name if p.suffix != ".pt" else f"{p.parent.name}/{p.stem}" for p in found]
+    return dict(zip(names if len({*names}) == len(names) else map(str, found), found))
 
 def _is_prior(folder): return (folder / "config.json").exists() and "kind" in read_json(folder / "config.json")
 
@@ -200,7 +202,7 @@ def load_weights(
     model.load_state_dict({k: state[k] for k in own})
     return model.eval(), config
 
-# %% ../nbs/28_reports.ipynb #75ee245f
+# %% ../nbs/28_reports.ipynb #641a1b4b
 def evaluate_runs(
     paths,                       # run folders, folders of runs, or files of weights
     data: str = "",              # another data set than the runs' own
@@ -213,8 +215,7 @@ def evaluate_runs(
     "Evaluate every run on its test images, by name; of several, one that cannot be evaluated is named and left out."
     from bavq.data import get_dataloaders
     done, loaders, found = {}, {}, find_runs(paths)
-    names = [p.resolve().name if p.suffix != ".pt" else f"{p.parent.name}/{p.stem}" for p in found]
-    for path, name in zip(found, names if len({*names}) == len(names) else map(str, found)):
+    for name, path in found.items():
         try:
             model, c = open_run(path)
             key = data or c.data, data_root or c.data_root, c.image_size
@@ -261,7 +262,7 @@ def paired_images(
             rows.append(dict(run=name, measure=k, images=len(x), **paired_difference(x, y), better=better))
     return pd.DataFrame(rows).sort_values(["run", "measure"], ignore_index=True)
 
-# %% ../nbs/28_reports.ipynb #4889a648
+# %% ../nbs/28_reports.ipynb #ac268287
 def write_report(
     done: dict[str, tuple[RunConfig, Evaluation]],  # of `evaluate_runs`
     folder: str | Path,  # where evaluation.json and a figure of each run are put; existing ones are replaced
@@ -285,6 +286,7 @@ def report(
     **options,           # more arguments of `evaluate_runs`
 ) -> None:
     "Evaluate runs, print the table, the differences and the notes, and write them."
+    if baseline: choose(baseline, find_runs(paths), "run")
     done = evaluate_runs(paths, **options)
     table, baseline = evaluation_table({name: e.metrics for name, (_, e) in done.items()}), baseline or next(iter(done))
     print((table.T if len(done) <= 8 else table).to_string())

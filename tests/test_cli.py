@@ -127,6 +127,8 @@ def test_folders_that_hold_more_than_plain_runs(here, capsys):
     code, out, err = bavq(capsys, "evaluate", "experiments", "--judges", "", "--out", "judged", "--baseline", "lr0.1")
     assert code == 0 and "two is left out: VQVAE2 has two levels" in out, err
     assert list(json.loads(Path("judged/evaluation.json").read_text())["runs"]) == ["lr0.1"]
+    code, out, err = bavq(capsys, "evaluate", "experiments", "--judges", "", "--baseline", "lr0.2")
+    assert code == 2 and not out and "unknown run 'lr0.2'" in err
     code, out, err = bavq(capsys, "summarise", "experiments")
     assert code == 0 and "ba_vq" in out, err
     code, _, err = bavq(capsys, "prior", "train", "experiments/lr0.1", "--name", "../../x", *PRIOR)

@@ -18,7 +18,7 @@ from torch.utils.data import get_worker_info
 import bavq.core
 import bavq.data
 import bavq.training
-from bavq.cli import main
+from bavq.cli import main, parse
 from bavq.core import (
     BavqError,
     DiskError,
@@ -98,6 +98,18 @@ def test_a_signal_saves_and_ends_and_the_run_goes_on_to_the_bit(number, code, ca
     assert [p.name for p in checkpoints(Path("run"))] == ["checkpoint_epoch1.pt", "checkpoint_epoch1_step2.pt"]
     main([*args, "--resume"])
     assert undisturbed(train, Path("run"))
+
+
+def test_a_stopped_command_says_how_to_go_on(monkeypatch, capsys):
+    "Only what can go on is said to."
+    said = {}
+    for words in ("compare", "prior train run", "prior sample run", "compress run a b", "evaluate run"):
+        monkeypatch.setattr(type(parse(words.split())), "__call__", lambda self: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(SystemExit) as e: main(words.split())
+        said[words] = capsys.readouterr().err.strip()
+        assert e.value.code == 130
+    assert said["compare"].endswith("the same command goes on") and said["prior train run"].endswith("with --resume goes on")
+    assert said["compress run a b"].endswith("start again") and said["evaluate run"] == said["prior sample run"] == "bavq: stopped"
 
 
 def test_a_prior_that_is_asked_to_stop_goes_on_to_the_bit():
