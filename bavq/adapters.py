@@ -71,7 +71,7 @@ def as_vector_quantize(
     "A quantizer with the call of vector-quantize-pytorch's `VectorQuantize`."
     return VectorQuantizeAdapter(quantizer, accept_image_fmap, channel_last)
 
-# %% ../nbs/24_adapters.ipynb #d49d8c1b
+# %% ../nbs/24_adapters.ipynb #11ecf193
 def from_vector_quantize(
     vq: nn.Module,  # a VectorQuantize, trained or not
     **options,      # of VQEMAQuantizer, to change some
@@ -80,10 +80,12 @@ def from_vector_quantize(
     book = vq._codebook
     more = dict(heads=vq.heads > 1, codebook_dim=vq.has_projections, stochastic_sample_codes=book.gumbel_sample.keywords["stochastic"],
                 ema_update=not book.ema_update, eps=book.eps != 1e-5, affine_param=book.affine_param, manual_ema_update=book.manual_ema_update, vq_bridge=book.vq_bridge is not None)
+    more["route_gradients_to_input"] = not getattr(vq, "route_gradients_to_input", True)
     own = ("learnable_codebook", "freeze_codebook", "orthogonal_reg_weight", "codebook_diversity_loss_weight", "commitment_use_cross_entropy_loss", "directional_reparam", "sync_update_v")
     more |= {k: bool(getattr(vq, k, False)) for k in own}
     require(not any(more.values()), f"this VectorQuantize uses {', '.join(k for k, v in more.items() if v)}: only one plain EMA codebook can be carried over")
-    settings = dict(commitment_cost=vq.commitment_weight, decay=book.decay, restart_below=0.6 if book.has_dead_code_replacement else 0.0,
+    fair = book.cluster_size.mean().item() if book.initted and book.cluster_size.sum() > 0 else book.threshold_ema_dead_code / 0.6   # a threshold is a count there, a share here
+    settings = dict(commitment_cost=vq.commitment_weight, decay=book.decay, restart_below=min(0.99, book.threshold_ema_dead_code / fair) if book.threshold_ema_dead_code > 0 else 0.0,
                     distance="cosine" if vq.use_cosine_sim else "euclidean", gradient="rotation" if vq.rotation_trick else "straight_through")
     q = VQEMAQuantizer(vq.codebook_size, vq.dim, **settings | options).to(vq.codebook.device).train(vq.training)
     state = dict(codes=book.embed[0], counts=book.cluster_size[0], sums=book.embed_avg[0])

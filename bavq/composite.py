@@ -38,14 +38,14 @@ def split_indices(
     for size in sizes: parts.append(k % size); k = k // size
     return parts
 
-# %% ../nbs/08_composite.ipynb #d3d8a807
+# %% ../nbs/08_composite.ipynb #3fc9551d
 MAX_CODES = 2**24  # a histogram of them is 128 MB
 
 def code_sizes(
     num_embeddings: int,  # K
     parts,                # how many factors, or the factors themselves
 ) -> tuple[int, ...]:         # factors whose product is K
-    "K as a product of so many whole numbers, as equal as its prime factors allow; the largest first."
+    "K as a product of so many whole numbers, nearly equal; the largest first."
     K, given = int(num_embeddings), isinstance(parts, (tuple, list))
     require(2 <= K <= MAX_CODES, f"num_embeddings is {K}: give 2 to {MAX_CODES}; it counts all codes together, and their use is counted")
     require(all(map(is_whole, parts if given else [parts])), f"the parts are {parts}: give how many, or how many codes each has (2 or more)")
@@ -81,7 +81,7 @@ def measure(
     counts = run_counts(index)
     return dict(perplexity=compute_perplexity(counts), usage_rate=(counts > 0).sum() / num_embeddings)
 
-# %% ../nbs/08_composite.ipynb #0c11c6cb
+# %% ../nbs/08_composite.ipynb #935a4b59
 class CompositeQuantizer(nn.Module):
     "Parts made by name, and one index for all their choices. Subclasses say how latents are shared out and codes put together."
     def __init__(self,
@@ -96,7 +96,7 @@ class CompositeQuantizer(nn.Module):
         self.num_embeddings, self.embedding_dim = int(num_embeddings), int(embedding_dim)
         self.sizes = code_sizes(num_embeddings, parts)
         self.parts = nn.ModuleList(make_quantizer(base, size, part_dim, **options) for size in self.sizes)
-        self.estimate = getattr(self.parts[0], "estimate", None)
+        self.estimate, self.distance = getattr(self.parts[0], "estimate", None), getattr(self.parts[0], "distance", "")
 
     def anneal(self, progress: float) -> None:
         for p in self.parts: p.anneal(progress)

@@ -15,9 +15,10 @@ from torch import Tensor
 # %% auto #0
 __all__ = ['PART', 'BavqError', 'require', 'DiskError', 'brief', 'choose', 'is_number', 'is_whole', 'as_numbers', 'check_types',
            'typed', 'RunConfig', 'config_from_dict', 'check_config', 'require_same', 'config_id', 'run_name',
-           'set_seed', 'get_rng_state', 'set_rng_state', 'parallel', 'all_reduce', 'from_first', 'gather_rows',
-           'atomic_write', 'write_json', 'read_weights', 'read_json', 'write_weights', 'only_writer', 'checkpoints',
-           'newest_checkpoint', 'read_history', 'write_history', 'check_folder', 'stop_signals', 'Interrupted']
+           'set_seed', 'get_rng_state', 'set_rng_state', 'parallel', 'all_reduce', 'from_first', 'row_place',
+           'gather_rows', 'atomic_write', 'write_json', 'read_weights', 'read_json', 'write_weights', 'only_writer',
+           'checkpoints', 'newest_checkpoint', 'read_history', 'write_history', 'check_folder', 'stop_signals',
+           'Interrupted']
 
 # %% ../nbs/00_core.ipynb #b46d5d43
 class BavqError(ValueError):
@@ -173,16 +174,16 @@ def run_name(c: RunConfig) -> str:
     "The folder name of a run: its `name`, or the experiment's id and the seed."
     return c.name or f"{config_id(c)}-s{c.seed}"
 
-# %% ../nbs/00_core.ipynb #68d2f276
+# %% ../nbs/00_core.ipynb #056be036
 def set_seed(seed: int) -> None:
     "Seed Python's, NumPy's and PyTorch's generators."
     random.seed(seed); np.random.seed(seed % 2**32); torch.manual_seed(seed)
 
 def get_rng_state() -> dict:
-    "The state of every generator, as tensors and plain Python values."
+    "The states of the generators, as tensors and plain Python values."
     name, keys, pos, has_gauss, gauss = np.random.get_state()
     return dict(python=_to_list(random.getstate()), numpy=[torch.tensor(keys.astype(np.int64)), pos, has_gauss, gauss], torch=torch.get_rng_state(),
-                cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
+                cuda=[torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [])   # of this process's GPU
 
 def set_rng_state(state: dict) -> None:
     "Put every generator back where it was."
@@ -191,37 +192,38 @@ def set_rng_state(state: dict) -> None:
     keys, *rest = state["numpy"]
     np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(state["torch"])
-    if state["cuda"]: torch.cuda.set_rng_state_all(state["cuda"])
+    if state["cuda"] and torch.cuda.is_available(): torch.cuda.set_rng_state(state["cuda"][0])
 
 def _to_list(x): return [_to_list(v) for v in x] if isinstance(x, tuple) else x
 
-# %% ../nbs/00_core.ipynb #ea248aa1
+# %% ../nbs/00_core.ipynb #2c5f9e92
 def parallel() -> bool:
     "Are several processes training together?"
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
-def all_reduce(
-    x: Tensor,  # one process's share of a sum
-) -> Tensor:        # x, now the sum over all processes
-    "Sum over processes, in place."
+def all_reduce(x: Tensor) -> Tensor:
+    "The sum of a tensor over all processes, in place."
     if parallel(): dist.all_reduce(x)
     return x
 
-def from_first(
-    x: Tensor,  # any tensor, of one shape on all processes
-) -> Tensor:        # x, now the first process's
-    "The first process's tensor, on every process."
+def from_first(x: Tensor) -> Tensor:
+    "The first process's tensor on every process, in place; of one shape on all."
     if parallel(): dist.broadcast(x, 0)
     return x
 
-def gather_rows(
-    x: Tensor,  # one process's rows [N, D]
-) -> Tensor:        # [processes·N, D]
+def row_place(x: Tensor) -> tuple[int, int]:
+    "Where this process's rows [N, …] begin among those of all, and how many these are; each may have another N."
+    if not parallel(): return 0, len(x)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    n = all_reduce(len(x) * torch.eye(world, dtype=torch.long, device=x.device)[rank]).tolist()
+    return sum(n[:rank]), sum(n)
+
+def gather_rows(x: Tensor) -> Tensor:
     "The rows of all processes, in their order."
-    if not parallel(): return x
-    out = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-    dist.all_gather(out, x.contiguous())
-    return torch.cat(out)
+    start, total = row_place(x)
+    out = x.new_zeros(total, *x.shape[1:])
+    out[start:start + len(x)] = x
+    return all_reduce(out)
 
 # %% ../nbs/00_core.ipynb #7c4db69d
 def atomic_write(

@@ -69,18 +69,18 @@ def coded(
         require(ok, f"encode returned {list(indices.shape) if torch.is_tensor(indices) else type(indices).__name__}: return integer indices, one grid for each of the {len(x)} images")
         yield Batch(x, z, indices, codec.decode(indices))
 
-# %% ../nbs/15_evaluation.ipynb #65eae152
+# %% ../nbs/15_evaluation.ipynb #062ade74
 def image_scores(
     x: Tensor,    # originals [B, C, H, W] in [-1, 1]
     y: Tensor,    # reconstructions
-    lpips=None,   # torchmetrics' LPIPS with reduction none
+    lpips=None,   # a network that tells LPIPS image by image
 ) -> dict[str, Tensor]:
     "PSNR, SSIM and, where its network is given, LPIPS of every image, [B] each."
     from torchmetrics.functional.image import structural_similarity_index_measure
     scores = dict(psnr=psnr_from_mse(image_errors(x, y)[:, 0]))
     if min(x.shape[2:]) > 5: scores["ssim"] = structural_similarity_index_measure(to_unit(y).float(), to_unit(x).float(), data_range=1.0, reduction="none")   # its window, mirrored
     if lpips: scores["lpips"] = lpips(in_colour(x), in_colour(y)).reshape(-1)
-    return {k: v.double().cpu() for k, v in scores.items()}
+    return {k: v.cpu().double() for k, v in scores.items()}
 
 def in_colour(x: Tensor) -> Tensor:
     "What networks trained on photographs take: images [B, C, H, W] with three channels, clamped to [-1, 1]."
@@ -269,11 +269,11 @@ def _frechet(size):
     given = nn.Identity(); given.num_features = size
     return FrechetInceptionDistance(given)
 
-# %% ../nbs/15_evaluation.ipynb #fe788751
+# %% ../nbs/15_evaluation.ipynb #738693a2
 class Judges(NamedTuple):
     "Networks that look at images, made once for a data set and used for all models."
     features: dict[str, nn.Module] = {}  # as `FeatureScores` takes them, by the name of their distance: fid, fid_own
-    lpips: nn.Module | None = None       # torchmetrics' LPIPS, image by image
+    lpips: nn.Module | None = None       # tells LPIPS image by image
     notes: tuple[str, ...] = ()          # what is missing, and how to get it
 
 # %% ../nbs/15_evaluation.ipynb #69fad123
@@ -305,7 +305,7 @@ def code_pictures(
     side = y.shape[-1] // 3
     return y[..., side:2 * side, side:2 * side].clamp(-1, 1).cpu()
 
-# %% ../nbs/15_evaluation.ipynb #b7e449ad
+# %% ../nbs/15_evaluation.ipynb #bee1a995
 class Evaluation(NamedTuple):
     "All that was found out about a model."
     metrics: dict[str, float]    # named numbers
@@ -329,12 +329,14 @@ def evaluate(
     images, codes, gallery = ImageScores(judges.lpips), CodeScores(codec.num_embeddings), Gallery()
     latents = None if q is None else LatentScores(q, codec.num_embeddings)
     watch = [images, codes, gallery, *[latents] * (q is not None), *[FeatureScores(k, see) for k, see in judges.features.items()]]
-    for m in modules: m.eval()
-    for i, batch in enumerate(coded(codec, loader)):
-        if i == 0 and codec.decoder and soft_latents(q, batch.z[:1]) is not None: watch.append(SoftScores(codec))
-        for w in watch: w.update(batch)
+    try:
+        for m in modules: m.eval()
+        for i, batch in enumerate(coded(codec, loader)):
+            if i == 0 and codec.decoder and soft_latents(q, batch.z[:1]) is not None: watch.append(SoftScores(codec))
+            for w in watch: w.update(batch)
+    finally:
+        for m, t in zip(modules, training): m.train(t)
     require(images.held, "there are no images: give a loader with at least one batch")
-    for m, t in zip(modules, training): m.train(t)
     metrics = {k: v for w in watch for k, v in w.compute().items()}
     pictures = code_pictures(codec) if len(codes.shape) == 2 and latents and latents.codebook() is not None else None
     return Evaluation(metrics, images.images(), code_counts(codes.indices(), codec.num_embeddings), latents.curve if latents else [],

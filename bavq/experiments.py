@@ -81,7 +81,7 @@ def run(
     if record: record_run(folder, record)
     return read_json(folder / "final_metrics.json")
 
-# %% ../nbs/13_experiments.ipynb #6414473c
+# %% ../nbs/13_experiments.ipynb #2d597d73
 def warmup_file(
     t,          # a `bavq.training.Training`
     out: Path,  # where the runs are
@@ -94,9 +94,9 @@ def warmup_file(
     return out / f".warmup-{run_name(replace(c, name='', quantizer='', codebook_size=2, options={}))}-{digest.hexdigest()[:8]}.pt"
 
 def keep_warmup(t, out: Path) -> None:
-    "At the end of the warm-up, keep the networks, what the optimizer remembers of them, and the history."
+    "At the end of a warm-up in one process, keep the networks, what the optimizer remembers of them, and the history."
     import torch
-    if t.epoch * len(t.train_loader) != t.config.warmup_steps or not t.accelerator.is_main_process: return
+    if t.epoch * len(t.train_loader) != t.config.warmup_steps or t.accelerator.num_processes > 1: return
     if not (path := warmup_file(t, out)) or path.exists(): return
     state = dict(networks={k: v for k, v in t.model.state_dict().items() if not k.startswith("quantizer")}, optimizer=t.optimizer.state_dict()["state"], history=t.history, rng_state=get_rng_state())
     atomic_write(path, lambda f: torch.save(state, f))

@@ -15,7 +15,7 @@ from .rate_distortion import rd_curve
 # %% auto #0
 __all__ = ['LEARNERS', 'record_latents', 'kmeans_bound', 'latent_rd', 'outcome', 'bench']
 
-# %% ../nbs/26_frozen_latents.ipynb #ef855eb6
+# %% ../nbs/26_frozen_latents.ipynb #0367d247
 @torch.no_grad()
 def record_latents(
     model,          # a `bavq.vqvae.VQVAE`
@@ -25,8 +25,10 @@ def record_latents(
 ) -> Tensor:        # [n, D]; fewer where there are fewer
     "Latents of a model's encoder, drawn at random from all cells of all images."
     require(n >= 1, f"n is {n}: give at least 1")
+    training = model.training
     model.eval()
     rows = torch.cat([model.encode_latents(x).movedim(1, -1).flatten(0, 2) for x, _ in loader])
+    model.train(training)
     return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:n]].contiguous()
 
 # %% ../nbs/26_frozen_latents.ipynb #d8290f01
@@ -53,7 +55,7 @@ def latent_rd(
     scale = squared_distances(x.double(), codes.double()).amin(1).mean()
     return rd_curve(d, (torch.logspace(-1.5, 1.0, points, dtype=torch.float64) / scale).tolist(), iterations=200, tol=1e-3)
 
-# %% ../nbs/26_frozen_latents.ipynb #c73c6e42
+# %% ../nbs/26_frozen_latents.ipynb #401da960
 LEARNERS = {   # name in tables: quantizer, options
     "vq": ("vq", {}), "vq_ema_spec": ("vq_ema_spec", {}), "vq_ema_data": ("vq_ema", dict(init="data", restart_below=0)),
     "vq_ema": ("vq_ema", {}), "ba_vq_free": ("ba_vq", dict(marginal="free")), "ba_vq_uniform": ("ba_vq", dict(marginal="uniform")), "ba_vq": ("ba_vq", {})}
@@ -83,7 +85,7 @@ def bench(
     rows = [dict(learner="kmeans", **_timed(lambda: outcome(kmeans_bound(x, num_embeddings, restarts, seed), held_out)))]
     for name, (quantizer, options) in learners.items():
         set_seed(seed)
-        q = make_quantizer(quantizer, num_embeddings, x.shape[1], **options)
+        q = make_quantizer(quantizer, num_embeddings, x.shape[1], **options).to(x.device)
         rows.append(dict(learner=name, **_timed(lambda: outcome(fit_codebook(q, x, steps, batch_size, seed=seed).codebook.detach(), held_out))))
     return rows
 

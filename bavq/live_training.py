@@ -14,7 +14,7 @@ from .plots import method_label, plot_history
 # %% auto #0
 __all__ = ['TINY', 'BackgroundRun', 'train_view', 'trainer']
 
-# %% ../nbs/31_live_training.ipynb #8bcfedbf
+# %% ../nbs/31_live_training.ipynb #800ba0f5
 TINY = RunConfig(train_size=512, codebook_size=64, embedding_dim=16, options={"decay": "0.95"}, hidden_channels=16, residual_blocks=1, batch_size=32, lr=3e-3, epochs=20, workers=0, checkpoint_every=1)
 
 def _child():
@@ -51,7 +51,8 @@ class BackgroundRun:
         if (self.folder / "final_metrics.json").exists(): return "finished"
         if self.process is None or self.stopped or self.process.returncode == 0: return "stopped" if self.history() else "not started"
         self.errors.seek(0)
-        return f"failed: {(self.errors.read().decode(errors='replace').strip().splitlines() or ['no message'])[-1]}"
+        said = (self.errors.read().decode(errors="replace").strip().splitlines() or ["no message"])[-1]
+        return "stopped" if said.startswith("bavq.core.Interrupted") else f"failed: {said}"
 
     def history(self) -> list[dict]:
         from bavq.training import read_history

@@ -59,13 +59,14 @@ def _encoded(model, loader, sizes):
     small = [np.uint8 if K <= 256 else np.uint16 for K in sizes] + [np.int64]
     return [np.concatenate(level).astype(kind) for level, kind in zip(levels, small)]
 
-# %% ../nbs/27_prior_training.ipynb #28cdd59e
+# %% ../nbs/27_prior_training.ipynb #7c374f2d
 def extract_codes(
     run: str | Path,      # folder of a trained autoencoder
     data_root: str = "",  # where torchvision's data sets lie; empty: where the run found them
 ) -> Codes:
     "The codes and labels of a run's images, from codes-HASH/ in its folder; computed where they are not there yet."
     model, c = load_model(run)
+    require(not hasattr(model, "quantizer_top"), f"{run} has two levels of codes: take both with model_codes")
     digest = model_hash(model)
     files = [Path(run) / f"codes-{digest[:8]}" / f"{name}.npy" for name in Codes._fields[:4]]
     if not all(f.exists() for f in files):

@@ -310,7 +310,7 @@ def _rule_batch_mates(q, z):
     alone = torch.cat([q.eval().encode(v[None]) for v in z])
     require(torch.equal(alone, q.encode(z)), "an index changes with the batch around it: use running statistics in evaluation")
 
-# %% ../nbs/05_quantizer.ipynb #32977b8d
+# %% ../nbs/05_quantizer.ipynb #fa1373c3
 def _rule_eval_keeps_state(q, z):
     "evaluation changes no state"
     before = copy.deepcopy(q.eval().state_dict()); q(z)
@@ -319,9 +319,11 @@ def _rule_eval_keeps_state(q, z):
 
 def _rule_state_dict(q, z):
     "all state is in state_dict"
-    twin = copy.deepcopy(q); q.train()(2 * z + 1)
-    twin.load_state_dict(q.state_dict())
-    require(torch.equal(twin.eval().encode(z), q.eval().encode(z)), "a copy loaded from state_dict gives other indices: keep all state in parameters and buffers")
+    twin = copy.deepcopy(q); q.train()(2 * z + 1); twin.load_state_dict(q.state_dict())
+    same = torch.equal(twin.eval().encode(z), q.eval().encode(z))
+    for copied in (twin, q): torch.manual_seed(0); copied.train()(z - 1)
+    changed = [k for k, v in twin.state_dict().items() if not torch.equal(v, q.state_dict()[k])]
+    require(same and not changed, "a copy loaded from state_dict gives other indices or learns otherwise: keep all state in parameters and buffers")
 
 # %% ../nbs/05_quantizer.ipynb #7de98d9c
 def _rule_precision(q, z):
@@ -341,7 +343,7 @@ def _rule_anneal(q, z):
 
 RULES = (_rule_shapes, _rule_gradient, _rule_round_trip, _rule_batch_mates, _rule_eval_keeps_state, _rule_state_dict, _rule_precision, _rule_no_wait, _rule_anneal)
 
-# %% ../nbs/05_quantizer.ipynb #d8ad09d4
+# %% ../nbs/05_quantizer.ipynb #cda053ee
 def check_quantizer(
     q: nn.Module,  # any quantizer; a copy of it is tried
 ) -> list[str]:        # the rules, all of them kept
@@ -349,7 +351,7 @@ def check_quantizer(
     missing = [n for n in ("encode", "decode", "codebook", "num_embeddings", "embedding_dim", "anneal") if n not in dir(q)]
     require(not missing, f"{type(q).__name__} lacks {', '.join(missing)}: see the contract in 05_quantizer")
     q = copy.deepcopy(q)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(0)
         z = torch.randn(4, q.embedding_dim, 6, 5, device=next(iter(q.state_dict().values()), torch.empty(0)).device)
         for rule in RULES: rule(q, z)

@@ -100,7 +100,7 @@ def _problem(d, p, Q):
     require(bool((d >= 0).all()), f"the smallest distortion is {float(d.min()):g}: give none below 0")
     return d, _probabilities(p, d.shape[0], "p", d), _probabilities(Q, d.shape[1], "Q", d)
 
-# %% ../nbs/04_rate_distortion.ipynb #7dd28757
+# %% ../nbs/04_rate_distortion.ipynb #7e423df8
 @typed
 def blahut_arimoto(
     d: Tensor,               # distortions [N, K], 0 or more
@@ -128,6 +128,7 @@ def blahut_arimoto_codebook(
     require(x.dim() == 2 and e.dim() == 2 and x.shape[1] == e.shape[1] and len(x) and len(e), f"samples are {list(x.shape)}, codes {list(e.shape)}: give [N, D] and [K, D]")
     require(chunk >= 1, f"chunk is {chunk}: give at least 1")
     require(bool(x.isfinite().all() and e.isfinite().all()), "samples or codes hold NaN or infinite values: remove them")
+    x, e = x.detach(), e.detach()
     return ba_solve(lambda: distance_blocks(x, e, chunk), beta, _probabilities(Q, len(e), "Q", e), iterations, tol)
 
 def certificates(

@@ -168,7 +168,7 @@ def prepare(
     model = build_model(config, loaders[0].channels)
     return Training(config, accelerator, model, *wrap(accelerator, model, config), *loaders)
 
-# %% ../nbs/12_training.ipynb #f54f8d41
+# %% ../nbs/12_training.ipynb #d843f06b
 def save_checkpoint(
     t: Training,   # between two steps
     folder: Path,  # of the run
@@ -181,7 +181,7 @@ def save_checkpoint(
     name = f"checkpoint_epoch{t.epoch}" + f"_step{t.meter.steps}" * (t.meter.steps > 0)
     path = write_weights(folder / f"{name}.pt", state)
     atomic_write(folder / "latest", lambda f: f.write(f"{path.name}\n".encode()))
-    for old in checkpoints(folder)[:-2]: old.unlink()
+    for old in [p for p in checkpoints(folder) if p != path][:-1]: old.unlink()   # damaged ones of later steps may be there
     t.saved = time.monotonic()
     return path
 
@@ -299,7 +299,7 @@ def wishes(t: Training, step: int) -> bool:
         if wish >= 1000 and not t.asked: t.asked.append(signal.SIGTERM)
     return wish > 0
 
-# %% ../nbs/12_training.ipynb #4f23f4c1
+# %% ../nbs/12_training.ipynb #37be9574
 def leave_checkpoint(
     t: Training,   # between two steps, on every process
     folder: Path,  # of the run
@@ -320,7 +320,7 @@ def stopped(
     step, loader = int(t.meter.good), t.train_loader
     images = epoch_order(loader.num_images, loader.seed, t.epoch)[step * loader.batch_size:][:3].tolist()
     last = (checkpoints(folder) or ["none yet"])[-1]
-    return BavqError(f"stopped in epoch {t.epoch + 1} (last checkpoint: {last}), step {step + 1} of {len(loader)}, images {', '.join(map(str, images))}, …: {why}")
+    return BavqError(f"stopped in epoch {t.epoch + 1} (last checkpoint: {last}), step {step + 1} of {len(loader)}, images {', '.join(map(str, images))}, … of those it trains on: {why}")
 
 def end_epoch(t: Training, entry: dict) -> dict:
     "Add an entry to the history; returns it, with its seconds."

@@ -16,14 +16,14 @@ from .rate_distortion import blahut_arimoto_codebook
 # %% auto #0
 __all__ = ['FAMILY', 'ABLATIONS', 'family_configs', 'UnrevivedBAQuantizer', 'ablation_configs', 'redundant_codes', 'deletion']
 
-# %% ../nbs/21_variants.ipynb #352a4865
+# %% ../nbs/21_variants.ipynb #9a37a855
 _BASE = {"decay": "0.95"}
 FAMILY = {   # name in tables: quantizer, options; all with 512 codes
     "vq": ("vq", {}), "vq_ema": ("vq_ema", _BASE), "ba_vq": ("ba_vq", _BASE), "ba_vq_free": ("ba_vq", _BASE | {"marginal": "free"}),
     "vq_ema_spec": ("vq_ema_spec", {}), "ba_vq_spec": ("ba_vq_spec", {}),
     "vq_entropy": ("vq_entropy", {}), "vq_ema_warmup": ("vq_ema_warmup", _BASE), "vq_ema_growing": ("vq_ema_growing", _BASE),
-    "peer_vq": ("peer_vq", _BASE), "residual of vq_ema": ("residual", {"base": "vq_ema", "levels": "2"}), "residual of ba_vq": ("residual", {"base": "ba_vq", "levels": "2"}),
-    "product of vq_ema": ("product", {"base": "vq_ema", "groups": "2"}), "gumbel": ("gumbel", {}), "fsq": ("fsq", {})}
+    "peer_vq": ("peer_vq", _BASE), "residual of vq_ema": ("residual", _BASE | {"base": "vq_ema", "levels": "2"}), "residual of ba_vq": ("residual", _BASE | {"base": "ba_vq", "levels": "2"}),
+    "product of vq_ema": ("product", _BASE | {"base": "vq_ema", "groups": "2"}), "gumbel": ("gumbel", {}), "fsq": ("fsq", {})}
 
 def family_configs(
     data: str = "fashion_mnist",   # a data set
@@ -33,7 +33,7 @@ def family_configs(
     base = replace(ANSWER, data=data, codebook_size=512, embedding_dim=64)
     return {(name, s): replace(base, quantizer=q, options=o, seed=s) for s in seeds for name, (q, o) in FAMILY.items()}
 
-# %% ../nbs/21_variants.ipynb #1d7bb364
+# %% ../nbs/21_variants.ipynb #ec530295
 @register_quantizer("ba_vq_unrevived")
 class UnrevivedBAQuantizer(BAQuantizer):
     "BA-VQ without the revival of codes that win nothing, to see what balance does alone."
@@ -44,7 +44,7 @@ ABLATIONS = {   # what is changed of BA-VQ: the quantizer, its options, and fiel
     "β = 3": ("ba_vq", {"beta": "3"}, {}), "β = 10": ("ba_vq", {"beta": "10"}, {}), "β = 100": ("ba_vq", {"beta": "100"}, {}),
     "β from 1 to 30": ("ba_vq", {"beta": "1,30"}, {}), "a = 0 (uniform)": ("ba_vq", {"marginal": "uniform"}, {}), "a = 1 (free)": ("ba_vq", {"marginal": "free"}, {}),
     "a = 0.5": ("ba_vq", {"marginal": "0.5"}, {}), "a = -1": ("ba_vq", {"marginal": "-1"}, {}), "a = -4": ("ba_vq", {"marginal": "-4"}, {}),
-    "no revival": ("ba_vq_unrevived", {}, {}), "no warm-up": ("ba_vq", {}, {"warmup_steps": 0}), "decay 0.9": ("ba_vq", {"decay": "0.9"}, {}),
+    "no revival": ("ba_vq_unrevived", {}, {}), "a = 0, no revival": ("ba_vq_unrevived", {"marginal": "uniform"}, {}), "no warm-up": ("ba_vq", {}, {"warmup_steps": 0}), "decay 0.9": ("ba_vq", {"decay": "0.9"}, {}),
     "decay 0.99": ("ba_vq", {"decay": "0.99"}, {}), "rotation": ("ba_vq", {"gradient": "rotation"}, {}), "cosine": ("ba_vq", {"distance": "cosine"}, {}),
     "VQ-EMA": ("vq_ema", {}, {}), "VQ-EMA, no warm-up": ("vq_ema", {}, {"warmup_steps": 0}), "VQ-EMA, decay 0.99": ("vq_ema", {"decay": "0.99"}, {}),
     "sketch": ("ba_vq_spec", {}, {}), "sketch, 1 iteration": ("ba_vq_spec", {"iterations": "1"}, {}), "sketch, 3 iterations": ("ba_vq_spec", {"iterations": "3"}, {}),

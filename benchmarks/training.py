@@ -8,7 +8,7 @@ processes too, where seconds are of the clock. Beside them stand the straightfor
 quantizer of vector-quantize-pytorch, the package in bfloat16, and with BA-VQ. All train the same network on the same images in the same order, by turns,
 an epoch each, so that a busy machine slows all alike: ratios are medians over rounds of one run. The losses of the first steps are compared, with the
 same random numbers; later, rounding puts a latent to another code, and runs slowly part. On one thread of a processor a second is one of processor
-time; on several threads, and on a GPU, one of the clock. Writes results/bench/training.json, on a GPU training-cuda.json."""
+time; on several threads, and on a GPU, one of the clock. Writes results/bench/training.json, on a GPU results/bench-cuda/training.json."""
 import argparse
 import itertools
 import json
@@ -36,7 +36,7 @@ from bavq.training import build_model, loss_terms, make_accelerator, prepare, tr
 from bavq.vq_ema import VQEMAQuantizer, restart
 
 ROOT = Path(__file__).resolve().parent.parent
-OUT, QUICK = ROOT / "results/bench", ROOT / "experiments/bench-quick"
+OUT, QUICK = "results/bench", "experiments/bench-quick"
 SMALL = RunConfig(quantizer="vq_ema", hidden_channels=16, embedding_dim=64, codebook_size=256, batch_size=64, lr=1e-3, train_size=1280)
 NETWORKS = dict(
     tiny=replace(SMALL, hidden_channels=8, embedding_dim=8, residual_blocks=1, codebook_size=32), small=SMALL, study=replace(SMALL, codebook_size=512, batch_size=32),
@@ -228,7 +228,7 @@ def main():
     parser.add_argument("--quick", action="store_true", help="the smallest network, two rounds, written to experiments/bench-quick: to see that it works, not to quote")
     args = parser.parse_args()
     device = make_accelerator(SMALL).device
-    path = (QUICK if args.quick else OUT) / ("training-cuda.json" if device.type == "cuda" else "training.json")
+    path = ROOT / (QUICK if args.quick else OUT + "-cuda" * (device.type == "cuda")) / "training.json"
     found = json.loads(path.read_text()) if path.exists() else dict(networks={})
     found |= about(device)
     todo = ["tiny"] if args.quick else args.network or NETWORKS

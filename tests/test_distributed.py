@@ -103,6 +103,42 @@ def test_codes_that_one_process_has_loaded(tmp_path):
     assert torch.equal(*(torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)))
 
 
+MASKED = """
+import sys, torch
+from bavq.adapters import as_vector_quantize
+from bavq.ba_vq import BAQuantizer
+from bavq.vq_ema import VQEMAQuantizer
+torch.set_num_threads(1)
+torch.set_default_dtype(torch.float64)
+rank = -1
+if len(sys.argv) > 2:
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
+states = {}
+for make in (VQEMAQuantizer, BAQuantizer):
+    torch.manual_seed(0)
+    x, adapter = torch.randn(12, 2, 80, 8), as_vector_quantize(make(32, 8)).train()
+    mask = torch.arange(80) < torch.tensor([[70], [25]])   # the second sequence is much shorter
+    mine = slice(None) if rank < 0 else slice(rank, rank + 1)
+    for batch in x: adapter(batch[mine], mask=mask[mine])
+    states[make.__name__] = adapter.state_dict()
+torch.save(states, f"{sys.argv[1]}/{rank}.pt")
+"""
+
+
+def test_sequences_of_several_lengths_on_several_processes(tmp_path):
+    "With a mask, each process has another number of latents: start, statistics and revival are those of one process that has them all."
+    (tmp_path / "go.py").write_text(MASKED)
+    launch = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(tmp_path / "go.py"), str(tmp_path), "together"]
+    for command in (launch, [sys.executable, str(tmp_path / "go.py"), str(tmp_path)]):
+        done = subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr[-2000:]
+    first, second, whole = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1, -1))
+    for name in whole:
+        assert all(torch.equal(first[name][k], second[name][k]) for k in first[name])
+        for k, v in whole[name].items(): torch.testing.assert_close(first[name][k], v, rtol=1e-9, atol=1e-10, msg=lambda m: f"{name}, {k}: {m}")
+
+
 SWEEP = """
 from bavq.core import RunConfig
 from bavq.experiments import sweep

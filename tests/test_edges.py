@@ -13,17 +13,22 @@ import torch
 from PIL import Image
 
 from bavq import data
-from bavq.core import BavqError, DiskError, RunConfig, run_name
+from bavq.core import BavqError, DiskError, RunConfig, get_rng_state, newest_checkpoint, run_name, set_rng_state
+from bavq.evaluation import evaluate
 from bavq.experiments import run
 from bavq.explore import make_schedule
 from bavq.linear_lab import distortion_bound
 from bavq.metrics import LossMeter
 from bavq.networks import Decoder
 from bavq.plots import cell_borders
+from bavq.prior_training import extract_codes
 from bavq.priors import make_prior
-from bavq.rate_distortion import blahut_arimoto
+from bavq.quantizer import VectorQuantizer
+from bavq.rate_distortion import blahut_arimoto, blahut_arimoto_codebook
+from bavq.reports import load_weights
 from bavq.statistics import minimum_detectable_effect, paired_difference, permutation_p, summarise
-from bavq.training import load_model, make_accelerator, prepare, train
+from bavq.training import load_model, make_accelerator, prepare, save_checkpoint, train
+from bavq.vqvae import VQVAE
 
 TINY = RunConfig(train_size=64, codebook_size=8, embedding_dim=4, hidden_channels=4, residual_blocks=0, epochs=1, batch_size=32)
 
@@ -153,8 +158,9 @@ def test_half_precision_needs_a_gpu():
 def test_loading_draws_nothing(tmp_path):
     train(TINY, tmp_path / "run", progress=False)
     torch.manual_seed(7); before = torch.rand(1)
-    torch.manual_seed(7); load_model(tmp_path / "run")
-    assert torch.equal(torch.rand(1), before)
+    for load in (load_model, lambda folder: load_weights(folder / "final_model.pt"), lambda folder: load_weights(shutil.copy(folder / "final_model.pt", tmp_path))):
+        torch.manual_seed(7); load(tmp_path / "run")
+        assert torch.equal(torch.rand(1), before)
     torch.save(dict(x=torch.zeros(1)), tmp_path / "run" / "final_model.pt")
     with pytest.raises(BavqError, match="of another version"): load_model(tmp_path / "run")
 
@@ -176,3 +182,39 @@ def test_a_schedule_by_entropy_keeps_its_ends(monkeypatch):
     monkeypatch.chdir(Path(__file__).resolve().parent.parent / "nbs")   # beside the records
     f = make_schedule("entropy", 50, 1000)
     assert f(0) == pytest.approx(50) and f(1) == pytest.approx(1000) and 100 < f(0.5) < 500
+
+
+def test_two_levels_are_not_taken_for_one(tmp_path):
+    train(replace(TINY, levels=2), tmp_path / "run", progress=False)
+    with pytest.raises(BavqError, match="has two levels of codes"): extract_codes(tmp_path / "run")
+    assert not list((tmp_path / "run").glob("codes-*"))
+
+
+def test_a_new_checkpoint_stays_beside_damaged_ones_of_later_epochs(tmp_path):
+    t = prepare(TINY)
+    for epoch in (9, 10): (tmp_path / f"checkpoint_epoch{epoch}.pt").write_bytes(b"damaged")
+    for t.epoch in (1, 2):
+        path = save_checkpoint(t, tmp_path)
+        assert path.exists() and (tmp_path / "latest").read_text().strip() == path.name
+    with pytest.warns(match="checkpoint_epoch10"): assert newest_checkpoint(tmp_path)["epoch"] == 2
+
+
+def test_a_model_is_left_in_training_also_where_its_evaluation_fails():
+    model = VQVAE("vq_ema", 8, 4, hidden_channels=4, residual_blocks=0).train()
+    with pytest.raises(BavqError, match="no images"): evaluate(model, [])
+    assert model.training
+
+
+def test_blahut_arimoto_keeps_no_graph():
+    "Codes that learn by gradient are read and not followed."
+    x, q = torch.randn(64, 4), VectorQuantizer(8, 4)
+    result = blahut_arimoto_codebook(x.requires_grad_(), q.codebook, beta=1.0, iterations=5)
+    assert not any(v.requires_grad for v in result if torch.is_tensor(v))
+
+
+def test_random_states_of_another_machine(monkeypatch):
+    "A checkpoint of a machine with GPUs is resumed on one without."
+    state = get_rng_state()
+    before = torch.rand(1)
+    set_rng_state(state | dict(cuda=[torch.zeros(16, dtype=torch.uint8)] * 8))
+    assert torch.equal(torch.rand(1), before)

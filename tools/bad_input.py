@@ -179,7 +179,7 @@ def commands():
     for option, values in {"--quantizer": NAME[:5], "--precision": text, "--preset": ["nope"], "--config": ["none.yaml", "bad/0.pt", "."], "--data": ["nope", "a/b/c", "", "none.npz", "."], "--name": ["a/b", "..", ".", "x" * 300, "a\nb"],
                            "--nonsense": ["1"], "--out": ["images.npz", "/proc/none/x"], "--options": ["distance", "nope nope"]}.items():
         for v in values: yield f"train {option}", repr(v)[:40], [*base, option, *v.split(" ")]
-    for command, options in {"compare": {"--preset": ["nope"], "--data": ["nope"], "--seeds": whole, "--jobs": whole, "--epochs": whole, "--train_size": whole[:5], "--codebook_sizes": whole, "--quantizers": ["nope"], "--nonsense": ["1"]},
+    for command, options in {"compare": {"--preset": ["nope"], "--data": ["nope"], "--seeds": whole, "--jobs": whole, "--epochs": whole, "--train_size": ["three", "-2", *whole[2:5]], "--codebook_sizes": whole, "--quantizers": ["nope"], "--nonsense": ["1"]},
                              "evaluate": {"": ["none", "images.npz", "."], "--nonsense": ["1"]}, "summarise": {"": ["none", "images.npz", "."]}, "prior": {"": ["", "nope"], "train": ["none", "."], "sample": ["none", "."]},
                              "compress": {"": ["", "none", "none none none", ". . out"]}, "decompress": {"": ["", "none", "none none none"]}, "lab": {"": ["nope"], "--K": whole, "--steps": whole, "--commitment": number, "--seeds": whole[:4]},
                              "nope": {"": [""]}, "": {"--nope": [""]}}.items():
