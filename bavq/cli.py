@@ -209,7 +209,7 @@ class Lab:
         if self.what == "quick": lab_quick(self.K, self.steps, self.commitment, self.seeds or 3, self.out)
         else: lab_studies(self.K, self.steps, self.commitment, self.seeds or 10, out=self.out, figures=self.out)
 
-# %% ../nbs/29_cli.ipynb #465cedb4
+# %% ../nbs/29_cli.ipynb #6e106b45
 def parse(
     args: list[str],  # what was typed after `bavq`
 ):
@@ -219,14 +219,16 @@ def parse(
     given = known.parse_known_args(args if args[:1] == ["train"] else [])[0]
     base, said = choose(given.preset, PRESETS, "preset").base if given.preset else RunConfig(), io.StringIO()
     if given.config: base = read_config(given.config, base)
+    base, options = replace(base, options={}), base.options   # which tyro would turn into flags of their own
     defaults = Train(base), Compare(), Evaluate(tyro.MISSING), Summarise(), Lab()
     commands = Union[(*(Annotated[type(d), tyro.conf.subcommand(type(d).__name__.lower(), default=d)] for d in defaults),
                       *(Annotated[c, tyro.conf.subcommand(c.__name__.lower())] for c in (Prior, Compress, Decompress)))]
     try:
-        with contextlib.redirect_stderr(said): return tyro.cli(commands, args=args, prog="bavq", config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes))
+        with contextlib.redirect_stderr(said): command = tyro.cli(commands, args=args, prog="bavq", config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes))
     except SystemExit as e:
         if not e.code: raise
         raise BavqError(one_line(said.getvalue())) from None
+    return replace(command, run=replace(command.run, options=options | command.run.options)) if isinstance(command, Train) else command
 
 # %% ../nbs/29_cli.ipynb #28a3b9d7
 def one_line(

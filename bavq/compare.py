@@ -14,7 +14,7 @@ from .statistics import groups, holm, permutation_p
 __all__ = ['STUDY_DATA', 'ARMS', 'ANSWER', 'cases', 'bar', 'verdict', 'answer_figure', 'answer_configs', 'five_pairs',
            'name_arms', 'share_figure', 'compare_figure']
 
-# %% ../nbs/20_compare.ipynb #e484e5a3
+# %% ../nbs/20_compare.ipynb #e6ae00b6
 def cases(
     summary: pd.DataFrame,   # of `statistics.summarise`
     method: str = "ba_vq",   # compared with the summary's baseline
@@ -37,46 +37,48 @@ def bar(
 def verdict(
     summary: pd.DataFrame,   # of `statistics.summarise`
     method: str = "ba_vq",   # compared with the summary's baseline
+    baseline: str = "vq_ema",  # which that is
 ) -> str:
     "The answer in Markdown, counted from the intervals."
     from bavq.plots import method_label
-    c = bar(cases(summary, method))
+    c, other = bar(cases(summary, method)), method_label(baseline)
     fewer, lost = ((c["perplexity_diff"] < 0) & (c["perplexity_p"] < 0.01)).sum(), (c["psnr_high"] < 0).sum()
-    part, name = 100 * c["perplexity_diff"] / (c["perplexity"] - c["perplexity_diff"]), method_label(method)
+    part, name = 100 * c["perplexity_diff"] / c["perplexity_base"], method_label(method)
     held = c["both"].sum() >= 0.75 * len(c)
     shown = "Yes, in most cases" if held else "In part" if c["both"].any() else "Not shown"
-    return (f"**{shown}.** Of {len(c)} cases ({c['pairs'].min()} or more paired seeds each), {name} has the higher perplexity with p < 0.01 in {c['more_codes'].sum()}, VQ-EMA in {fewer}; "
+    return (f"**{shown}.** Of {len(c)} cases ({c['pairs'].min()} or more paired seeds each), {name} has the higher perplexity with p < 0.01 in {c['more_codes'].sum()}, {other} in {fewer}; "
             f"the difference is {part.median():+.1f} % in the median, from {part.min():+.1f} to {part.max():+.1f} %. A loss of 0.05 dB of PSNR is excluded in {c['psnr_kept'].sum()} cases, and {name} is worse in {lost}; "
             f"the mean difference runs from {c['psnr_diff'].min():+.2f} to {c['psnr_diff'].max():+.2f} dB. Both together hold in {c['both'].sum()} of {len(c)}.")
 
-# %% ../nbs/20_compare.ipynb #010e4626
+# %% ../nbs/20_compare.ipynb #f7c6afc6
 _DIMS = {16: "#0072B2", 64: "#D55E00", 256: "#009E73"}
 
 def answer_figure(
     summary: pd.DataFrame,   # of `statistics.summarise`
     method: str = "ba_vq",   # compared with the summary's baseline
+    baseline: str = "vq_ema",  # which that is
 ):
     "Paired differences with 95 % intervals against K, a column of panels for each data set, a colour for each D; returns the figure."
     from bavq.plots import figure, method_label
-    c = cases(summary, method)
+    c, other = cases(summary, method), method_label(baseline)
     if "embedding_dim" not in c: c = c.assign(embedding_dim=0)
     data, dims = [d for d in (*STUDY_DATA, *sorted(set(c["data"]) - {*STUDY_DATA})) if (c["data"] == d).any()], sorted(c["embedding_dim"].unique())
     fig, axes = figure(2, len(data), width=2.4, height=2.0)
     for (top, low), name in zip(axes.reshape(2, -1).T, data):
         for i, dim in enumerate(dims):
             g = c[(c["data"] == name) & (c["embedding_dim"] == dim)].sort_values("codebook_size")
-            x, scale = g["codebook_size"] * 1.13 ** (i - (len(dims) - 1) / 2), 100 / (g["perplexity"] - g["perplexity_diff"])
+            x, scale = g["codebook_size"] * 1.13 ** (i - (len(dims) - 1) / 2), 100 / g["perplexity_base"]
             for ax, key, s in ((top, "perplexity", scale), (low, "psnr", 1.0)):
                 y = s * g[f"{key}_diff"]
                 ax.errorbar(x, y, yerr=[y - s * g[f"{key}_low"], s * g[f"{key}_high"] - y], fmt="osD"[i % 3], ms=4, capsize=2, color=_DIMS.get(dim, "#D55E00"), label=f"D = {dim}")
         for ax in (top, low): ax.axhline(0, color="black", linewidth=0.8); ax.set_xscale("log", base=2); ax.set_xticks(sorted(c["codebook_size"].unique()), sorted(c["codebook_size"].unique()))
         low.axhline(-0.05, color="#808080", linestyle="--", linewidth=0.8); top.set_title(Path(name).name); low.set_xlabel("K")
     first = axes.reshape(2, -1)[:, 0]
-    first[0].set_ylabel(f"perplexity, {method_label(method)} − VQ-EMA\n[% of VQ-EMA's]"); first[1].set_ylabel(f"PSNR, {method_label(method)} − VQ-EMA\n[dB]")
+    first[0].set_ylabel(f"perplexity, {method_label(method)} − {other}\n[% of {other}'s]"); first[1].set_ylabel(f"PSNR, {method_label(method)} − {other}\n[dB]")
     if len(dims) > 1: fig.legend(*first[0].get_legend_handles_labels(), loc="outside lower center", ncol=3)
     return fig
 
-# %% ../nbs/20_compare.ipynb #25b13673
+# %% ../nbs/20_compare.ipynb #2d55fd5c
 STUDY_DATA = ("photos", "fashion_mnist", "mnist", "cifar10-jpeg75")
 _STRONG = {"decay": "0.95"}
 ARMS = {   # short name: quantizer, options
@@ -106,9 +108,9 @@ def five_pairs(
 def name_arms(
     runs: pd.DataFrame,  # of `load_results`
 ) -> pd.DataFrame:
-    "The same runs, with the short names of the arms as methods; others keep theirs."
+    "The same runs, with the short names of the arms as methods; others keep theirs, and say so where that is an arm's."
     short = {f"{q} {' '.join(f'{k}={v}' for k, v in sorted(o.items()))}".strip(): name for name, (q, o) in ARMS.items()}
-    return runs.assign(method=[short.get(m, m) for m in runs["method"]])
+    return runs.assign(method=[short.get(m, f"{m} with defaults" if m in ARMS else m) for m in runs["method"]])
 
 # %% ../nbs/20_compare.ipynb #bea4243a
 def share_figure(

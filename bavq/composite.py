@@ -81,7 +81,7 @@ def measure(
     counts = run_counts(index)
     return dict(perplexity=compute_perplexity(counts), usage_rate=(counts > 0).sum() / num_embeddings)
 
-# %% ../nbs/08_composite.ipynb #935a4b59
+# %% ../nbs/08_composite.ipynb #c9b1cf2a
 class CompositeQuantizer(nn.Module):
     "Parts made by name, and one index for all their choices. Subclasses say how latents are shared out and codes put together."
     def __init__(self,
@@ -96,6 +96,8 @@ class CompositeQuantizer(nn.Module):
         self.num_embeddings, self.embedding_dim = int(num_embeddings), int(embedding_dim)
         self.sizes = code_sizes(num_embeddings, parts)
         self.parts = nn.ModuleList(make_quantizer(base, size, part_dim, **options) for size in self.sizes)
+        require(all(p.num_embeddings == s for p, s in zip(self.parts, self.sizes)), "parts that grow cannot be joined: let a quantizer of its own grow")
+        require(not any(getattr(p, "dropout", 0) for p in self.parts), "dropout of levels is for the outermost residual quantizer: leave it out in parts")
         self.estimate, self.distance = getattr(self.parts[0], "estimate", None), getattr(self.parts[0], "distance", "")
 
     def anneal(self, progress: float) -> None:

@@ -19,11 +19,12 @@ from .priors import Prior, load_prior, model_hash
 from .vqvae import VQVAE
 
 # %% auto #0
-__all__ = ['STEPS', 'MARGIN', 'TABLE', 'CODINGS', 'MAGIC', 'VERSION', 'LIMIT', 'HEADER', 'DIGEST', 'coders', 'symbols', 'levels',
-           'weights', 'safe_shift', 'frequency_table', 'fixed_model', 'group_size', 'best_labels', 'precise', 'batches',
-           'write_group', 'read_group', 'encode_indices', 'decode_indices', 'Header', 'digest', 'short_hash',
-           'codes_check', 'tile_grid', 'read_header', 'to_tiles', 'from_tiles', 'check_parts', 'image_codes',
-           'compress', 'read_codes', 'decompress', 'plan', 'load_parts', 'compress_folder', 'decompress_folder']
+__all__ = ['STEPS', 'MARGIN', 'TABLE', 'CODINGS', 'MOST_COUNTED', 'MAGIC', 'VERSION', 'LIMIT', 'HEADER', 'DIGEST', 'coders',
+           'symbols', 'levels', 'weights', 'safe_shift', 'frequency_table', 'fixed_model', 'group_size', 'best_labels',
+           'precise', 'batches', 'write_group', 'read_group', 'encode_indices', 'decode_indices', 'Header', 'digest',
+           'short_hash', 'codes_check', 'tile_grid', 'read_header', 'to_tiles', 'from_tiles', 'check_parts',
+           'image_codes', 'compress', 'read_codes', 'decompress', 'plan', 'load_parts', 'compress_folder',
+           'decompress_folder']
 
 # %% ../nbs/17_compression.ipynb #b8dfd55e
 def coders():
@@ -129,8 +130,8 @@ def read_group(
         indices.flatten(1)[:, t] = torch.from_numpy(decoder.decode(M.Categorical(perfect=False), weights(levels(logits, shift)))).long()
     return indices
 
-# %% ../nbs/17_compression.ipynb #5577b8b6
-CODINGS = dict(uniform=0, marginal=1, prior=2)
+# %% ../nbs/17_compression.ipynb #51fd3378
+CODINGS, MOST_COUNTED = dict(uniform=0, marginal=1, prior=2), 2**16   # codes, a byte each in the file
 
 def encode_indices(
     indices: Tensor,             # [N, H, W] int64
@@ -140,6 +141,7 @@ def encode_indices(
     batch_size: int = 64,        # grids that the prior sees at a time; does not change the bytes
 ) -> bytes:
     "Grids as bytes: the table of frequencies, where there is one, then the words of the coder."
+    require(coding != "marginal" or num_embeddings <= MOST_COUNTED, f"{num_embeddings} codes are too many for a table of their frequencies: give coding uniform, or a prior")
     encoder, table = coders()[1].RangeEncoder(), None
     if choose(coding, CODINGS, "coding") < 2:
         table = frequency_table(indices, num_embeddings) if coding == "marginal" else None
@@ -242,7 +244,7 @@ def image_codes(images: Tensor, model: VQVAE, tile: int, batch_size: int) -> Ten
     require(indices.shape[1:] == (tile // 4, tile // 4), f"the codes of a tile are {list(indices.shape[1:])}: give a model with one grid of {tile // 4} by {tile // 4}")
     return indices
 
-# %% ../nbs/17_compression.ipynb #d2f39495
+# %% ../nbs/17_compression.ipynb #a9af8e13
 @typed
 def compress(
     images: Tensor,              # [N, C, H, W] uint8
@@ -261,7 +263,7 @@ def compress(
     tile_grid(h := Header(MAGIC, VERSION, 0, short_hash(model), bytes(8), n, H, W, C, tile, 0))
     require(coding != "prior" or prior is not None, "coding by a prior was asked for: give the prior")
     indices, K = image_codes(images.cpu(), model, tile, batch_size), model.quantizer.num_embeddings
-    ways = [coding] if coding else ["prior"] if prior is not None else ["uniform", "marginal"]
+    ways = [coding] if coding else ["prior"] if prior is not None else ["uniform", "marginal"][:2 if K <= MOST_COUNTED else 1]
     bodies = {way: encode_indices(indices, K, way, prior, batch_size) for way in ways}
     way = min(ways, key=lambda w: len(bodies[w]))
     h = h._replace(coding=CODINGS[way], prior=short_hash(prior if way == "prior" else None), check=codes_check(indices))

@@ -109,7 +109,7 @@ class RunConfig:
     checkpoint_every: int = 10    # epochs between checkpoints
     wandb: bool = False           # log to Weights & Biases, project vq-codebook
 
-# %% ../nbs/00_core.ipynb #19f71804
+# %% ../nbs/00_core.ipynb #ade00898
 def config_from_dict(
     d: dict,                        # field names and values
     base: RunConfig = RunConfig(),  # where the other fields come from
@@ -124,7 +124,7 @@ def _cast(k, v, kind):
     if kind is dict and isinstance(v, dict) and all(isinstance(x, plain) for pair in v.items() for x in pair): return {str(a): str(b) for a, b in v.items()}
     if kind is bool and isinstance(v, bool) or kind is str and isinstance(v, str) and "\0" not in v: return v
     try:
-        if kind in (int, float) and type(v) in (str, int, float) and (kind(v) == float(v) or kind is float): return kind(v)
+        if kind in (int, float) and (isinstance(v, str) or is_number(v)) and (kind(v) == float(v) or kind is float): return kind(v)
     except (TypeError, ValueError, OverflowError): pass
     raise BavqError(f"{k} is {brief(v)}: give {dict(int='a whole number', float='a number', str='a text', bool='true or false', dict='name: value pairs')[kind.__name__]}")
 
@@ -148,7 +148,7 @@ def check_config(
             f"name is {brief(c.name)}: a run's name is one folder name of less than 200 bytes, without / or \\")
     return c
 
-# %% ../nbs/00_core.ipynb #4746dc46
+# %% ../nbs/00_core.ipynb #c7df3809
 def require_same(
     config: RunConfig,  # asked for
     found: dict,        # fields of the configuration that was found
@@ -157,16 +157,16 @@ def require_same(
     "A `BavqError` that names the fields in which the configuration found somewhere would give another outcome."
     free = {"name", "data_root", "workers", "checkpoint_every", "wandb"}
     old = asdict(config_from_dict(found))
-    differ = [f"{k} {old[k]!r}, now {v!r}" for k, v in asdict(config).items() if k not in free and old[k] != v]
+    differ = [f"{k} {old[k]!r}, now {v!r}" for k, v in asdict(config_from_dict(asdict(config))).items() if k not in free and old[k] != v]
     require(not differ, f"{where} belongs to another configuration ({'; '.join(differ)}): give the same values, or another name")
 
-# %% ../nbs/00_core.ipynb #fb0f9087
+# %% ../nbs/00_core.ipynb #1ed4f9f3
 _NOT_IN_ID = {"name", "seed", "data_root", "workers", "checkpoint_every", "wandb"}
 
 def config_id(c: RunConfig) -> str:
     "A short name of the experiment: readable parts, then a hash of what differs from the defaults and changes the outcome, but the seed."
     default = asdict(RunConfig())
-    d = {k: v for k, v in asdict(c).items() if k not in _NOT_IN_ID and v != default[k]}
+    d = {k: v for k, v in asdict(config_from_dict(asdict(c))).items() if k not in _NOT_IN_ID and v != default[k]}
     digest = hashlib.sha256(json.dumps(d, sort_keys=True).encode()).hexdigest()[:8]
     return f"{Path(c.data).stem}-{c.quantizer}-k{c.codebook_size}-{digest}"
 

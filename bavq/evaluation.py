@@ -69,7 +69,7 @@ def coded(
         require(ok, f"encode returned {list(indices.shape) if torch.is_tensor(indices) else type(indices).__name__}: return integer indices, one grid for each of the {len(x)} images")
         yield Batch(x, z, indices, codec.decode(indices))
 
-# %% ../nbs/15_evaluation.ipynb #062ade74
+# %% ../nbs/15_evaluation.ipynb #d86c4ff6
 def image_scores(
     x: Tensor,    # originals [B, C, H, W] in [-1, 1]
     y: Tensor,    # reconstructions
@@ -79,7 +79,7 @@ def image_scores(
     from torchmetrics.functional.image import structural_similarity_index_measure
     scores = dict(psnr=psnr_from_mse(image_errors(x, y)[:, 0]))
     if min(x.shape[2:]) > 5: scores["ssim"] = structural_similarity_index_measure(to_unit(y).float(), to_unit(x).float(), data_range=1.0, reduction="none")   # its window, mirrored
-    if lpips: scores["lpips"] = lpips(in_colour(x), in_colour(y)).reshape(-1)
+    if lpips and min(x.shape[2:]) >= 32: scores["lpips"] = lpips(in_colour(x), in_colour(y)).reshape(-1)
     return {k: v.cpu().double() for k, v in scores.items()}
 
 def in_colour(x: Tensor) -> Tensor:
@@ -162,7 +162,7 @@ class CodeScores:
     def indices(self) -> Tensor: return torch.frombuffer(self.held, dtype=self.kind).view(-1, *self.shape).clone()
     def compute(self) -> dict[str, float]: return code_scores(self.indices(), self.num_embeddings, self.pixels)
 
-# %% ../nbs/15_evaluation.ipynb #d0728247
+# %% ../nbs/15_evaluation.ipynb #f9f5b383
 @torch.no_grad()
 def operating_point(
     x: Tensor,                # latents [N, D]
@@ -181,7 +181,7 @@ def operating_point(
     if codebook is None: return scores, []
     solved = {f: blahut_arimoto_codebook(x, codebook.double(), f * beta, iterations=100, tol=1e-3) for f in factors}
     best, bits = solved[1], math.log(2)
-    scores |= dict(excess_bits=rate + (beta * D.item() - best.free_energy[-1].item()) / bits, redundant_codes=int((best.certificates < 1 - 1e-3).sum()), certificate_gap_bits=best.gap.item() / bits)
+    scores |= dict(excess_bits=rate + (beta * D - best.rate - beta * best.distortion).item() / bits, redundant_codes=int((best.certificates < 1 - 1e-3).sum()), certificate_gap_bits=best.gap.item() / bits)
     return scores, [dict(price=f * beta, rate_bits=r.rate.item() / bits, distortion=r.distortion.item()) for f, r in solved.items()]
 
 # %% ../nbs/15_evaluation.ipynb #7bc61b69
@@ -236,7 +236,7 @@ class SoftScores:
         soft, hard = (m.compute()["psnr"] for m in self.meters)
         return dict(soft_psnr=soft, soft_hard_gap=soft - hard)
 
-# %% ../nbs/15_evaluation.ipynb #d98a48ad
+# %% ../nbs/15_evaluation.ipynb #5b5c0eb4
 class FeatureScores:
     "Observer through the eyes of a network: Fréchet distance and, from logits, Inception Score over ten parts."
     def __init__(self, name: str, see: nn.Module):   # `see`: images in [-1, 1] to (features [B, F], logits [B, C] or None)
@@ -258,7 +258,7 @@ class FeatureScores:
         self.sums.index_add_(0, (self.n + torch.arange(len(p))) % 10, new)
 
     def compute(self) -> dict[str, float]:
-        scores = {self.name: self.fid.compute().item()}
+        scores = {self.name: self.fid.compute().item() if self.n > 1 else math.nan}
         if self.sums is None: return scores
         n, entropy, p = self.sums[self.sums[:, 0] > 0].tensor_split([1, 2], 1)
         values = (compute_entropy(p) - (entropy / n)[:, 0]).exp()
@@ -276,7 +276,7 @@ class Judges(NamedTuple):
     lpips: nn.Module | None = None       # tells LPIPS image by image
     notes: tuple[str, ...] = ()          # what is missing, and how to get it
 
-# %% ../nbs/15_evaluation.ipynb #69fad123
+# %% ../nbs/15_evaluation.ipynb #0c38bd33
 class Gallery:
     "Observer that keeps a few images: the first, the worst and the best."
     def __init__(self, size: int = 12): self.size, self.first, self.kept = size, None, None
@@ -290,7 +290,7 @@ class Gallery:
 
     def images(self) -> dict[str, Tensor]:
         "Pairs of original and reconstruction [n, 2, C, H, W]."
-        n = min(self.size, len(self.kept) // 2)
+        n = max(1, min(self.size, len(self.kept) // 2))
         return dict(first=self.first, worst=self.kept[:n], best=self.kept.flip(0)[:n])
 
     def compute(self) -> dict[str, float]: return {}
@@ -342,7 +342,7 @@ def evaluate(
     return Evaluation(metrics, images.images(), code_counts(codes.indices(), codec.num_embeddings), latents.curve if latents else [],
                       gallery.images(), pictures, images.hash.hexdigest()[:16], judges.notes)
 
-# %% ../nbs/15_evaluation.ipynb #2a3bebbe
+# %% ../nbs/15_evaluation.ipynb #8f035a74
 def evaluation_figure(
     e: Evaluation,       # of `evaluate`
     method: str = "",    # its name, for colour and marker
@@ -353,7 +353,7 @@ def evaluation_figure(
     with house_style():
         fig, axes = figure(2, 3, width=3.3, height=2.3)
         for ax, (name, pairs) in zip(axes[0], e.gallery.items()):
-            rows = [v for half in pairs[:12].split(6) for v in (half[:, 0], half[:, 1])]
+            rows = [v for half in pairs[:12 if len(pairs) >= 12 else 6].split(6) for v in (half[:, 0], half[:, 1])]
             show_images(torch.cat(rows), min(6, len(pairs)), ax, name)
         order = e.counts.argsort(descending=True)
         if e.codes is None: axes[1, 0].set_axis_off()

@@ -31,7 +31,7 @@ def record_latents(
     model.train(training)
     return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:n]].contiguous()
 
-# %% ../nbs/26_frozen_latents.ipynb #d8290f01
+# %% ../nbs/26_frozen_latents.ipynb #f76f39ad
 def kmeans_bound(
     x: Tensor,                # latents to learn from [N, D]
     num_embeddings: int,      # K
@@ -41,7 +41,7 @@ def kmeans_bound(
     "The codebook of the best of several k-means runs."
     from sklearn.cluster import KMeans
     require(len(x) >= num_embeddings, f"{len(x)} latents for {num_embeddings} codes: give at least as many latents as codes")
-    found = KMeans(num_embeddings, n_init=restarts, random_state=seed).fit(x.double().cpu().numpy())
+    found = KMeans(num_embeddings, n_init=restarts, random_state=seed).fit(x.cpu().double().numpy())
     return torch.as_tensor(found.cluster_centers_, dtype=x.dtype, device=x.device)
 
 # %% ../nbs/26_frozen_latents.ipynb #07f65c20

@@ -25,7 +25,7 @@ __all__ = ['Codes', 'model_codes', 'extract_codes', 'context_bits', 'code_bits',
            'prepare_prior', 'bits_per_code', 'prior_epoch', 'check_prior_folder', 'restore_prior', 'fit_prior',
            'train_prior', 'sample_images', 'samples_figure', 'save_samples']
 
-# %% ../nbs/27_prior_training.ipynb #02ae072d
+# %% ../nbs/27_prior_training.ipynb #9c6d15e7
 class Codes(NamedTuple):
     "Grids of codes of a data set, and what each is conditioned on."
     train: np.ndarray        # [N, H, W] uint8, or uint16 where K > 256
@@ -45,9 +45,11 @@ def model_codes(
     top = getattr(model, "quantizer_top", None)
     sizes = [q.num_embeddings for q in (top, model.quantizer) if q]
     require(max(sizes) <= 2**16, f"the codebook has {max(sizes)} codes: a prior takes at most {2**16}")
-    train.train = False   # all images, in order
-    (*a, a_labels), (*b, b_labels) = (_encoded(model, loader, sizes) for loader in (train, test))
-    levels = [Codes(a[0], b[0], a_labels, b_labels, sizes[0], num_classes=int(a_labels.max()) + 1, model=model_hash(model))]
+    before = train.train, train.epoch, train.start
+    train.train, train.start = False, 0   # all images, in order
+    try: (*a, a_labels), (*b, b_labels) = (_encoded(model, loader, sizes) for loader in (train, test))
+    finally: train.train, train.epoch, train.start = before
+    levels = [Codes(a[0], b[0], a_labels, b_labels, sizes[0], num_classes=int(max(a_labels.max(), b_labels.max())) + 1, model=model_hash(model))]
     if top: levels.append(Codes(a[1], b[1], a[0], b[0], sizes[1], top_embeddings=sizes[0], model=levels[0].model))
     return levels
 
@@ -59,7 +61,7 @@ def _encoded(model, loader, sizes):
     small = [np.uint8 if K <= 256 else np.uint16 for K in sizes] + [np.int64]
     return [np.concatenate(level).astype(kind) for level, kind in zip(levels, small)]
 
-# %% ../nbs/27_prior_training.ipynb #7c374f2d
+# %% ../nbs/27_prior_training.ipynb #8b16860c
 def extract_codes(
     run: str | Path,      # folder of a trained autoencoder
     data_root: str = "",  # where torchvision's data sets lie; empty: where the run found them
@@ -73,9 +75,9 @@ def extract_codes(
         loaders = get_dataloaders(c.data, min(c.batch_size, 250), data_root or c.data_root, c.seed, c.workers, c.train_size, image_size=c.image_size)
         for f, a in zip(files, model_codes(model, *loaders)[0]): atomic_write(f, lambda file: np.save(file, a))
     arrays = [read_arrays(f)["images"] for f in files]
-    return Codes(*arrays, model.quantizer.num_embeddings, num_classes=int(arrays[2].max()) + 1, model=digest)
+    return Codes(*arrays, model.quantizer.num_embeddings, num_classes=int(max(arrays[2].max(), arrays[3].max())) + 1, model=digest)
 
-# %% ../nbs/27_prior_training.ipynb #62083067
+# %% ../nbs/27_prior_training.ipynb #0aef4760
 def context_bits(
     counted: np.ndarray,     # [N, H, W] grids that the table is made of
     coded: np.ndarray,       # [M, H, W] grids that pay
@@ -90,8 +92,12 @@ def context_bits(
         known = F.pad(x, (left, 0, above, 0), value=K)[:, :x.shape[1], :x.shape[2]]
         return (known if left or above else torch.zeros_like(x)), x
     known, code = pairs(counted)
-    table = code_counts(known * K + code, (K + 1) * K).view(K + 1, K).double() + smoothing
-    return -(table / table.sum(1, keepdim=True)).log2()[pairs(coded)].mean().item()
+    seen, n = (known * K + code).unique(return_counts=True)   # a table of all pairs would be large
+    rows = known.flatten().bincount(minlength=K + 1)
+    known, code = pairs(coded)
+    place = torch.searchsorted(seen, pair := known * K + code).clamp_max(len(seen) - 1)
+    count = torch.where(seen[place] == pair, n[place], 0)
+    return -((count.double() + smoothing) / (rows[known] + K * smoothing)).log2().mean().item()
 
 def code_bits(
     codes: Codes,
@@ -161,7 +167,7 @@ def prepare_prior(
     net, optimizer = accelerator.prepare(nn.Sequential(prior), torch.optim.AdamW(prior.parameters(), c.lr))
     return Training(c, accelerator, prior, net, optimizer, *loaders)
 
-# %% ../nbs/27_prior_training.ipynb #7b97437d
+# %% ../nbs/27_prior_training.ipynb #28d277a6
 @torch.no_grad()
 def bits_per_code(
     prior: Prior,
@@ -170,7 +176,7 @@ def bits_per_code(
     "Mean `nll_estimate` of all grids, in bits a code."
     was_training = prior.training
     prior.eval()
-    nats = torch.cat([prior.nll_estimate(*batch) for batch, _ in loader]).double().mean().item()
+    nats = torch.cat([prior.nll_estimate(*batch) for batch, _ in loader]).cpu().double().mean().item()
     prior.train(was_training)
     return nats / prior.length / math.log(2)
 
@@ -248,7 +254,7 @@ def train_prior(
     folder = Path(run) / "priors" / (config.name or config.kind)
     return fit_prior(config, extract_codes(run, data_root), folder, resume, progress)
 
-# %% ../nbs/27_prior_training.ipynb #9c5106a5
+# %% ../nbs/27_prior_training.ipynb #bd98a1c4
 def sample_images(
     folder: str | Path,  # of a trained prior, in priors/ of its run
     n: int = 8,          # images of each class
@@ -258,10 +264,13 @@ def sample_images(
     "New images of every class: grids drawn from the prior, decoded by the autoencoder whose codes it learned."
     prior, (model, _) = load_prior(folder), load_model(Path(folder).resolve().parents[1])
     require(n >= 1, f"n is {n}: give at least 1")
+    learned = read_json(Path(folder) / "config.json")["codes"]["model"]
+    require(learned in ("", model_hash(model)), f"{folder} is of other codes: its autoencoder was trained further since; train the prior again")
     classes = prior.condition.num_classes
     set_seed(seed)
     return {f"class {c}" if classes else "any": model.decode_codes(prior.sample(n, torch.full((n,), c) if classes else None, **options)) for c in range(classes or 1)}
 
+# %% ../nbs/27_prior_training.ipynb #efc371f8
 def samples_figure(
     folder: str | Path,  # of a trained prior, in priors/ of its run
     n: int = 8,          # images of each class
@@ -273,7 +282,9 @@ def samples_figure(
     new, run = sample_images(folder, n, seed, **options), Path(folder).resolve().parents[1]
     codes, (model, _) = extract_codes(run), load_model(run)
     of = lambda c: codes.test[codes.test_cond == c] if "any" not in new else codes.test
-    real = {k: model.decode_codes(torch.from_numpy(of(c)[:n].astype(np.int64))) for c, k in enumerate(new)}
+    blank = torch.ones_like(next(iter(new.values())))   # where a class has fewer images
+    shown = lambda grids: torch.cat([model.decode_codes(torch.from_numpy(grids.astype(np.int64))), blank])[:n] if len(grids) else blank
+    real = {k: shown(of(c)[:n]) for c, k in enumerate(new)}
     fig, axes = figure(1, 2, width=0.6 * n + 1.2, height=0.6 * len(new) + 0.4)
     for ax, rows, title in zip(axes, (real, new), ("test images, from their codes", "samples")): show_rows(rows, ax).set_title(title)
     return fig

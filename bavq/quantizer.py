@@ -67,12 +67,12 @@ def straight_through(z: Tensor, z_q: Tensor) -> Tensor:
     "Codes z_q [N, D] forward, to the bit; backward the identity to latents z [N, D] (van den Oord et al. 2017)."
     return z_q.detach() + (z - z.detach())
 
-# %% ../nbs/05_quantizer.ipynb #c56c0620
+# %% ../nbs/05_quantizer.ipynb #aa1631a2
 def rotate(z: Tensor, z_q: Tensor) -> Tensor:
     "Codes z_q [N, D] forward, to the bit; backward the rotation that takes latents z [N, D] to them (Fifty et al. 2025)."
     with torch.no_grad():
         z_hat, q_hat = unit(z), unit(z_q); r = unit(z_hat + q_hat)
-        scale = z_q.norm(dim=1, keepdim=True) / z.norm(dim=1, keepdim=True).clamp_min(1e-12)
+        scale = torch.where((n := z.norm(dim=1, keepdim=True)) > 1e-6, z_q.norm(dim=1, keepdim=True) / n, 1.0)   # a latent of zero has no direction
     inner = lambda a: (z * a).sum(1, keepdim=True)
     turned = scale * (z - 2 * inner(r) * r + 2 * inner(z_hat) * q_hat)
     return z_q.detach() + (turned - turned.detach())
@@ -90,13 +90,13 @@ def init_data(x: Tensor, num_embeddings: int) -> Tensor:
     noise = 0.01 * x.std(0, unbiased=False) * torch.randn(num_embeddings, x.shape[1]).to(x)
     return x[pick.to(x.device)] + noise * (torch.arange(num_embeddings, device=x.device) >= len(x))[:, None]
 
-# %% ../nbs/05_quantizer.ipynb #8b3ac18a
+# %% ../nbs/05_quantizer.ipynb #8766bd79
 def init_kmeans_plus_plus(x: Tensor, num_embeddings: int) -> Tensor:
     "K of the latents x [N, D] far from each other, as codes [K, D]: k-means++ on at most 10·K of them."
     from sklearn.cluster import kmeans_plusplus
     x = x[torch.randperm(len(x))[:10 * num_embeddings].to(x.device)]
     if len(x) <= num_embeddings: return init_data(x, num_embeddings)
-    _, pick = kmeans_plusplus(x.double().cpu().numpy(), num_embeddings, random_state=int(torch.randint(2**31, ())))
+    _, pick = kmeans_plusplus(x.cpu().double().numpy(), num_embeddings, random_state=int(torch.randint(2**31, ())))
     return x[torch.as_tensor(pick, device=x.device)]
 
 INITIALIZERS = {"uniform": init_uniform, "data": init_data, "kmeans++": init_kmeans_plus_plus}

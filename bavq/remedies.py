@@ -44,31 +44,33 @@ class Wrapped(nn.Module):
             if name == "base": raise
             return getattr(self.base, name)
 
-# %% ../nbs/25_remedies.ipynb #d4c87d5c
-def over_processes(mean: Tensor) -> Tensor:
+# %% ../nbs/25_remedies.ipynb #e7d65b63
+def over_processes(mean: Tensor, together: bool = True) -> Tensor:   # together: False in evaluation, where processes take no turns
     "The mean over all processes forward; backward, this process's share of it (gradients are averaged after that)."
-    if not parallel(): return mean
+    if not (together and parallel()): return mean
     return mean + (all_reduce(mean.detach().clone()) / dist.get_world_size() - mean.detach())
 
 def log_assignments(
     x: Tensor,         # latents [N, D]
     e: Tensor,         # codes [K, D]
     sharpness: float,  # s, in units of one over the mean nearest squared distance
+    together: bool = True,  # over all processes
 ) -> Tensor:               # log P(k|z) [N, K]; this table is held for the backward pass
     "Soft assignments by distance, as logarithms."
     d = squared_distances(x, e)
-    d_ref = torch.maximum(over_processes(d.detach().amin(1).mean()), 1e-6 * x.detach().square().sum(1).mean()).clamp_min(1e-20)   # above rounding
+    d_ref = torch.maximum(over_processes(d.detach().amin(1).mean(), together), 1e-6 * x.detach().square().sum(1).mean()).clamp_min(1e-20)   # above rounding
     return torch.log_softmax(-sharpness / d_ref * d, 1)
 
 def entropies(
     log_P: Tensor,  # log P(k|z) [N, K]
+    together: bool = True,  # over all processes
 ) -> tuple[Tensor, Tensor]:  # H(Q) and H(K|Z), in nats
     "How evenly the codes are used, and how unclearly each latent chooses."
     P = log_P.exp()
-    Q = over_processes(P.mean(0))
+    Q = over_processes(P.mean(0), together)
     return -(Q * Q.clamp_min(1e-10).log()).sum(), -(P * log_P).sum(1).mean()
 
-# %% ../nbs/25_remedies.ipynb #43fcecde
+# %% ../nbs/25_remedies.ipynb #ac0e8010
 @typed
 def entropy_term(
     weight: float = 0.01,    # of the loss, per nat
@@ -81,8 +83,8 @@ def entropy_term(
 
 def _entropy_term(weight, sharpness, codes, q, z):   # a function of the module, so that a quantizer can be pickled
     with full_precision(z):
-        e = q.codebook if codes else q.codebook.detach()
-        even, unclear = entropies(log_assignments(latent_rows(q, z), e, sharpness))
+        e = q.codebook.clone() if codes else q.codebook.detach().clone()   # the next batch changes it in place
+        even, unclear = entropies(log_assignments(latent_rows(q, z), e, sharpness, q.training), q.training)
         return weight * (unclear - even)
 
 # %% ../nbs/25_remedies.ipynb #950cd52d

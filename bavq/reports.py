@@ -66,7 +66,7 @@ def make_lpips(
     from torchvision.models import AlexNet_Weights
     with weights_from(weights, AlexNet_Weights.DEFAULT.url, ("LPIPS", "--lpips-weights")): return LearnedPerceptualImagePatchSimilarity("alex").net
 
-# %% ../nbs/28_reports.ipynb #bcbda68b
+# %% ../nbs/28_reports.ipynb #38055f2c
 class OwnEyes(nn.Module):
     "A small classifier: images [B, C, H, W] to 64 features, and to (features, None) once it judges."
     def __init__(self, channels: int, classes: int):
@@ -91,7 +91,7 @@ def train_eyes(
     for x, y in islice((b for epoch in count() for b in _epoch(loader, epoch)), steps):
         logits = eyes.classify(eyes(x)[0])
         optimizer.zero_grad(); F.cross_entropy(logits, y).backward(); optimizer.step()
-        right.append((logits.argmax(1) == y).double().mean())
+        right.append((logits.argmax(1) == y).float().mean())
     eyes.accuracy = torch.stack(right[-max(1, steps // 10):]).mean().item()
     return eyes.eval()
 
@@ -204,7 +204,7 @@ def load_weights(
     model.load_state_dict({k: state[k] for k in own})
     return model.eval(), config
 
-# %% ../nbs/28_reports.ipynb #641a1b4b
+# %% ../nbs/28_reports.ipynb #e0fba65f
 def evaluate_runs(
     paths,                       # run folders, folders of runs, or files of weights
     data: str = "",              # another data set than the runs' own
@@ -222,7 +222,8 @@ def evaluate_runs(
             model, c = open_run(path)
             key = data or c.data, data_root or c.data_root, c.image_size
             if key not in loaders:
-                train, test = get_dataloaders(key[0], min(128, c.batch_size), key[1], image_size=key[2], device=device)
+                train, test = get_dataloaders(key[0], 1, key[1], image_size=key[2], device=device)
+                for loader in (train, test): loader.batch_size = min(128, c.batch_size, loader.num_images)
                 loaders[key] = test, make_judges(judges, train, inception_weights, lpips_weights)
             done[name] = replace(c, data=key[0]), evaluate(model.to(device), *loaders[key])
         except BavqError as e:

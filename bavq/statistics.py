@@ -88,7 +88,7 @@ def groups(
     fixed, own = ["data", "codebook_size", "distance"], {"quantizer", "options", "seed", "name", "data_root", "workers", "checkpoint_every", "wandb"}
     return fixed + [f.name for f in fields(RunConfig) if f.name in df and f.name not in own | {*fixed} and df[f.name].nunique() > 1]
 
-# %% ../nbs/14_statistics.ipynb #21af3ec1
+# %% ../nbs/14_statistics.ipynb #f79b7770
 def summarise(
     df,                        # a row for each run
     baseline: str = "vq_ema",  # the method that the others are compared with
@@ -109,7 +109,7 @@ def _summary(method, runs, baseline):
     row = dict(method=method, n=len(runs), pairs=pairs)
     for m in METRICS:
         row[m], row[f"{m}_half"] = mean_interval(runs[m])
-        if pairs: row |= {f"{m}_{k}": v for k, v in paired_difference(runs[m], baseline[m]).items()}
+        if pairs: row |= {f"{m}_{k}": v for k, v in paired_difference(runs[m], baseline[m]).items()} | {f"{m}_base": baseline[m][baseline.index.isin(runs.index)].mean()}
     return row
 
 # %% ../nbs/14_statistics.ipynb #bdc2df8e

@@ -12,16 +12,33 @@ from .metrics import code_counts, compute_perplexity, compute_usage_rate
 from .quantizer import Quantized, Quantizer, from_rows, full_precision, init_uniform, latent_rows, quantize, register_quantizer
 
 # %% auto #0
-__all__ = ['hard_statistics', 'smooth', 'SpecifiedVQEMAQuantizer', 'EMACodebook', 'sample_rows', 'restart', 'VQEMAQuantizer',
-           'peer_library', 'PeerQuantizer', 'peer_step']
+__all__ = ['wide', 'WideBuffers', 'hard_statistics', 'smooth', 'SpecifiedVQEMAQuantizer', 'EMACodebook', 'sample_rows', 'restart',
+           'VQEMAQuantizer', 'peer_library', 'PeerQuantizer', 'peer_step']
 
-# %% ../nbs/06_vq_ema.ipynb #d2c723c2
+# %% ../nbs/06_vq_ema.ipynb #3c3b3b13
+def wide(x: Tensor) -> Tensor:
+    "At least float32: what sums are taken in."
+    return x if x.dtype == torch.float64 else x.float()
+
+# %% ../nbs/06_vq_ema.ipynb #2745b808
+class WideBuffers(nn.Module):
+    "Buffers that are named in `wide` keep their precision where a module goes to bfloat16 or half."
+    wide: tuple[str, ...] = ()
+    def _apply(self, fn, recurse=True):
+        before = {k: self._buffers[k] for k in self.wide}
+        super()._apply(fn, recurse)
+        for k, v in before.items():
+            if (new := self._buffers[k]).dtype in (torch.bfloat16, torch.float16): self._buffers[k] = v.to(new.device)
+        return self
+
+# %% ../nbs/06_vq_ema.ipynb #1f0c64b8
 def hard_statistics(
     x: Tensor,            # latents [N, D]
     index: Tensor,        # the code of each [N]
     num_embeddings: int,  # K
 ) -> tuple[Tensor, Tensor]:   # counts [K], sums [K, D], over all processes
     "How many latents each code won, and their sum."
+    x = wide(x)
     counts = x.new_zeros(num_embeddings).index_add_(0, index, x.new_ones(len(x)))
     sums = x.new_zeros(num_embeddings, x.shape[1]).index_add_(0, index, x)
     return all_reduce(counts), all_reduce(sums)
@@ -35,10 +52,11 @@ def smooth(
     total = counts.sum()
     return (counts + eps) / (total + len(counts) * eps) * total
 
-# %% ../nbs/06_vq_ema.ipynb #8438c24a
+# %% ../nbs/06_vq_ema.ipynb #3e8e9ea8
 @register_quantizer("vq_ema_spec")
-class SpecifiedVQEMAQuantizer(Quantizer):
+class SpecifiedVQEMAQuantizer(WideBuffers, Quantizer):
     "VQ-EMA as commonly specified: codes in ±1/K, counts from zero, sums from the codes, smoothing in place. Kept for comparison; codes die."
+    wide = "ema_cluster_size", "ema_w"
     def __init__(self, num_embeddings, embedding_dim, commitment_cost=0.25, decay=0.99, distance="euclidean", gradient="straight_through"):
         super().__init__(num_embeddings, embedding_dim, commitment_cost, "uniform", distance, gradient)
         self.decay = decay
@@ -58,9 +76,10 @@ class SpecifiedVQEMAQuantizer(Quantizer):
         self.ema_w.lerp_(sums, 1 - self.decay)
         self.embedding.copy_(self.ema_w / self.ema_cluster_size[:, None])
 
-# %% ../nbs/06_vq_ema.ipynb #365295f4
-class EMACodebook(nn.Module):
+# %% ../nbs/06_vq_ema.ipynb #20ba3689
+class EMACodebook(WideBuffers):
     "Codes as running means: counts N, sums S, codes S/N."
+    wide = "counts", "sums"
     def __init__(self,
         codes: Tensor,        # where they stand [K, D]
         decay: float = 0.99,  # γ; the memory is 1/(1-γ) batches

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from bavq.cli import main
-from bavq.core import RunConfig
+from bavq.cli import main, parse
+from bavq.core import BavqError, RunConfig
 from bavq.experiments import sweep
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -171,3 +171,13 @@ def test_offline_tracking(here):
     assert done.returncode == 0, done.stderr
     assert list(Path("experiments/tracked/wandb").glob("offline-run-*/*.wandb"))
     assert sorted(p.name for p in here.iterdir()) == ["broken.yaml", "experiments", "images.npz", "key.yaml", "list.yaml"]
+
+
+def test_options_of_a_file_and_of_the_command_line_come_together(here):
+    "Also where an option is called like a field, such as levels."
+    Path("c.yaml").write_text("quantizer: residual\noptions: {levels: '4,4', decay: 0.95}\n")
+    command = parse("train --config c.yaml --options decay 0.9 distance euclidean".split())
+    assert command.run.options == {"levels": "4,4", "decay": "0.9", "distance": "euclidean"} and command.run.quantizer == "residual"
+    assert parse("train --config c.yaml".split()).run.options == {"levels": "4,4", "decay": "0.95"}
+    Path("c.yaml").write_text("name: 2024-13-45\n")
+    with pytest.raises(BavqError, match="is not YAML"): parse("train --config c.yaml".split())

@@ -17,7 +17,8 @@ import bavq
 for path in sorted(Path(bavq.__file__).parent.glob("*.py")):  # whatever registers a quantizer
     if re.search(r"^@register_quantizer\(", path.read_text(encoding="utf-8"), re.M): importlib.import_module(f"bavq.{path.stem}")
 
-from bavq.quantizer import QUANTIZERS, RULES, check_quantizer, make_quantizer
+from bavq.quantizer import QUANTIZERS, RULES, check_quantizer, make_quantizer, rotate
+from bavq.remedies import entropy_term, with_losses
 
 PEER = importlib.util.find_spec("vector_quantize_pytorch") is not None
 NAMES = [n for n in sorted(QUANTIZERS) if PEER or not n.startswith("peer")]  # a wrapped library may not be installed
@@ -182,6 +183,37 @@ def test_a_module_in_another_precision(name, dtype):
     q = make_quantizer(name, 64, 8).to(dtype)
     for z in (torch.randn(90, 8), torch.randn(90, 8, dtype=dtype)):
         assert q.train()(z).z_q.dtype == q.eval()(z).z_q.dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["vq_ema", "ba_vq"])
+def test_a_codebook_learns_in_half_precision_too(name, dtype):
+    "Running means and sums are not taken in half: two clouds far apart, large batches, many steps."
+    def error(dtype):
+        torch.manual_seed(0)
+        q, x = make_quantizer(name, 16, 4).to(dtype).train(), torch.randn(8192, 4) + 8.0 * torch.randint(2, (8192, 4))
+        for _ in range(20): q(x.to(dtype))
+        return (x - q.eval()(x.to(dtype)).z_q.float()).square().sum(1).mean().item()
+    assert error(dtype) < 1.2 * error(torch.float32)
+
+
+def test_a_latent_of_zero_has_a_gradient_like_others():
+    z = torch.zeros(1, 4, requires_grad=True)
+    rotate(z, torch.ones(1, 4)).sum().backward()
+    assert z.grad.abs().max() < 10
+
+
+def test_what_cannot_be_joined_is_refused():
+    for options in (dict(name="product", base="vq_ema_growing"), dict(name="product", base="residual", levels="8,8", dropout=0.5)):
+        with pytest.raises(bavq.core.BavqError, match="cannot be joined|outermost"): make_quantizer(num_embeddings=4096, embedding_dim=8, **options)
+    with pytest.raises(bavq.core.BavqError, match="until 0"): make_quantizer("vq_ema_growing", 64, 8, until=0)
+
+
+def test_two_passes_before_one_backward():
+    q = with_losses(make_quantizer("vq_ema", 16, 4), entropy_loss=entropy_term()).train()
+    z = torch.randn(64, 4, requires_grad=True)
+    sum(q(z + i).losses["entropy_loss"] for i in range(2)).backward()
+    assert z.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("name", ["fsq", "product", "residual"])

@@ -106,8 +106,7 @@ def test_codes_that_one_process_has_loaded(tmp_path):
 MASKED = """
 import sys, torch
 from bavq.adapters import as_vector_quantize
-from bavq.ba_vq import BAQuantizer
-from bavq.vq_ema import VQEMAQuantizer
+from bavq import BAQuantizer, VQEMAQuantizer, make_quantizer
 torch.set_num_threads(1)
 torch.set_default_dtype(torch.float64)
 rank = -1
@@ -122,6 +121,10 @@ for make in (VQEMAQuantizer, BAQuantizer):
     mine = slice(None) if rank < 0 else slice(rank, rank + 1)
     for batch in x: adapter(batch[mine], mask=mask[mine])
     states[make.__name__] = adapter.state_dict()
+torch.manual_seed(0)
+quantizer = make_quantizer("vq_entropy", 16, 8).train()
+quantizer(x[0, :1].flatten(0, 1))
+if rank < 1: quantizer.eval()(x[0, :1].flatten(0, 1))   # evaluation waits for nobody
 torch.save(states, f"{sys.argv[1]}/{rank}.pt")
 """
 

@@ -3,7 +3,7 @@ import math
 import os
 import shutil
 import warnings
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,19 +13,20 @@ import torch
 from PIL import Image
 
 from bavq import data
-from bavq.core import BavqError, DiskError, RunConfig, get_rng_state, newest_checkpoint, run_name, set_rng_state
-from bavq.evaluation import evaluate
+from bavq.compare import name_arms, verdict
+from bavq.core import BavqError, DiskError, RunConfig, check_config, get_rng_state, newest_checkpoint, require_same, run_name, set_rng_state
+from bavq.evaluation import evaluate, operating_point
 from bavq.experiments import run
 from bavq.explore import make_schedule
 from bavq.linear_lab import distortion_bound
-from bavq.metrics import LossMeter
+from bavq.metrics import LossMeter, compute_entropy_bits
 from bavq.networks import Decoder
 from bavq.plots import cell_borders
-from bavq.prior_training import extract_codes
+from bavq.prior_training import PriorConfig, extract_codes, model_codes, save_samples, train_prior
 from bavq.priors import make_prior
 from bavq.quantizer import VectorQuantizer
 from bavq.rate_distortion import blahut_arimoto, blahut_arimoto_codebook
-from bavq.reports import load_weights
+from bavq.reports import load_weights, report
 from bavq.statistics import minimum_detectable_effect, paired_difference, permutation_p, summarise
 from bavq.training import load_model, make_accelerator, prepare, save_checkpoint, train
 from bavq.vqvae import VQVAE
@@ -218,3 +219,59 @@ def test_random_states_of_another_machine(monkeypatch):
     before = torch.rand(1)
     set_rng_state(state | dict(cuda=[torch.zeros(16, dtype=torch.uint8)] * 8))
     assert torch.equal(torch.rand(1), before)
+
+
+def test_one_run_has_one_name():
+    "Numbers of any kind, and options that are no texts, mean what they say, and the name of the run is the same."
+    plain = RunConfig(epochs=3, lr=1e-3, clip_grad=0.0, seed=1, options={"decay": "0.95"})
+    other = RunConfig(epochs=3.0, lr=np.float64(1e-3), clip_grad=0, seed=np.int64(1), options={"decay": 0.95})
+    assert run_name(other) == run_name(plain) and check_config(other) == plain
+    require_same(other, asdict(plain), Path("."))
+
+
+def test_rate_and_distortion_of_a_codebook_that_has_collapsed():
+    torch.manual_seed(0)
+    x, codes = 0.01 * torch.randn(500, 4), torch.randn(512, 4)
+    nearest = torch.cdist(x, codes).argmin(1)
+    scores, _ = operating_point(x, codes[nearest], compute_entropy_bits(nearest.bincount(minlength=512)).item(), codes)
+    assert -0.01 < scores["excess_bits"] < 1
+
+
+def test_small_data_sets_are_evaluated(tmp_path, monkeypatch):
+    "One test image, and fewer training images than a batch."
+    monkeypatch.chdir(tmp_path)
+    train(replace(TINY, batch_size=64), tmp_path / "run", progress=False)
+    np.save("few.npy", np.random.default_rng(0).integers(0, 256, (12, 32, 32, 3), dtype=np.uint8))
+    report([tmp_path / "run"], "out", data="few.npy", judges=[])
+    assert (tmp_path / "out" / "evaluation.json").exists()
+
+
+def test_classes_that_training_images_lack(tmp_path, monkeypatch):
+    "They count as classes, and a figure of samples leaves places empty; a prior of other codes is refused."
+    monkeypatch.chdir(tmp_path)
+    x = np.random.default_rng(0).integers(0, 256, (48, 16, 16, 3), dtype=np.uint8)
+    np.savez("x.npz", train=x[:40], test=x[40:], train_labels=np.arange(40) % 2, test_labels=np.array([0] * 6 + [2] * 2))
+    run(replace(TINY, name="run", data="x.npz", train_size=0), ".", progress=False)
+    train_prior("run", PriorConfig(kind="pixelcnn", channels=16, layers=1, epochs=1, batch_size=8), progress=False)
+    assert extract_codes("run").num_classes == 3 and save_samples("run/priors/pixelcnn", n=4).exists()
+    state = torch.load("run/final_model.pt")
+    torch.save({k: v + 1 if v.is_floating_point() else v for k, v in state.items()}, "run/final_model.pt")
+    with pytest.raises(BavqError, match="of other codes"): save_samples("run/priors/pixelcnn", n=1)
+
+
+def test_loaders_are_given_back_as_they_were():
+    t = prepare(TINY)
+    t.train_loader.set_epoch(3, 1)
+    (codes,) = model_codes(t.model.eval(), t.train_loader, t.test_loader)
+    assert len(codes.train) == 64 and (t.train_loader.train, t.train_loader.epoch, t.train_loader.start) == (True, 3, 1)
+
+
+def test_differences_in_per_cent_are_of_the_pairs():
+    "Two more seeds of one method, far off, change nothing."
+    rows = [dict(run=f"{m}{s}", data="toy", codebook_size=64, distance="euclidean", method=m, seed=s, psnr=20.0 + s, perplexity=p, usage_rate=1.0, dead_codes=0)
+            for m, values in (("vq_ema", (50.0, 50.5, 51.2)), ("ba_vq", (100.0, 101.0, 102.0, 10.0, 10.0))) for s, p in enumerate(values)]
+    text = verdict(summarise(pd.DataFrame(rows)))
+    assert "+99.7 % in the median" in text and "VQ-EMA" in text
+    again = pd.DataFrame(rows).replace({"method": {"vq_ema": "vq"}})
+    assert "VQ-EMA" not in verdict(summarise(again, "vq"), baseline="vq")
+    assert name_arms(pd.DataFrame(dict(method=["vq_ema", "vq_ema decay=0.95"])))["method"].tolist() == ["vq_ema with defaults", "vq_ema"]

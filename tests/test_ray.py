@@ -41,7 +41,8 @@ def test_ray_is_an_extra(tmp_path, monkeypatch):
 
 def test_files_of_a_run_travel_where_no_folder_is_shared(tmp_path, monkeypatch):
     "A task that does not see the sweep's folder trains elsewhere; `collect` puts the files in place."
-    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(get_gpu_ids=list))
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     config, out = RunConfig(name="one", quantizer="vq_ema", **TINY), tmp_path / "runs"
     before = set((cache_dir() / "sweeps").glob("*"))
     sent = as_task(config, dict(out=out, record=None, progress=False), out / ".sweep-not-here", 1, Path.cwd())
