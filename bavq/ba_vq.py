@@ -19,7 +19,7 @@ from .vq_ema import EMACodebook, WideBuffers, sample_rows, wide
 # %% auto #0
 __all__ = ['MARGINALS', 'constant', 'geometric', 'cosine', 'as_schedule', 'SpecifiedBAQuantizer', 'iterate', 'soft_codes',
            'blend', 'posterior', 'soft_statistics', 'exponent', 'log_share', 'next_potentials', 'revive', 'BAQuantizer',
-           'soft_em_step']
+           'soft_em_step', 'QuickBAQuantizer']
 
 # %% ../nbs/07_ba_vq.ipynb #5fface9b
 def constant(
@@ -167,26 +167,27 @@ def next_potentials(
     moved = nu * (1 - 1 / (1 - 2 * a)) - 1 / (2 - 1 / a) * log_share(counts + 0.1)
     return moved - moved.mean()
 
-# %% ../nbs/07_ba_vq.ipynb #1e66d54d
+# %% ../nbs/07_ba_vq.ipynb #6166eecc
 def revive(
     q,          # a BAQuantizer, changed in place
     x: Tensor,  # latents [N, D]
 ) -> None:
     "Move codes that are hardly ever nearest to latents of the batch: code, count, sum, wins and potential together."
-    book, fair = q.book, q.book.counts.mean()
+    book, count = q.book, q.revive_at * q.book.counts.mean()
     dead, rows = q.wins < q.revive_below * q.wins.mean(), sample_rows(x, len(q.wins))
     book.codes.copy_(torch.where(dead[:, None], rows, book.codes))
-    book.counts.copy_(torch.where(dead, fair, book.counts))
-    book.sums.copy_(torch.where(dead[:, None], rows * fair, book.sums))
-    q.wins.copy_(torch.where(dead, q.wins.mean(), q.wins))
+    book.counts.copy_(torch.where(dead, count, book.counts))
+    book.sums.copy_(torch.where(dead[:, None], rows * count, book.sums))
+    q.wins.copy_(torch.where(dead, q.revive_at * q.wins.mean(), q.wins))
     q.potentials.copy_(torch.where(dead, q.potentials.mean(), q.potentials))
 
-# %% ../nbs/07_ba_vq.ipynb #e4f521c5
+# %% ../nbs/07_ba_vq.ipynb #aa3a012a
 @register_quantizer("ba_vq")
 class BAQuantizer(WideBuffers, Quantizer):
     "Hard nearest codes to the decoder; a codebook learned by soft EM under a marginal that runs from Blahut–Arimoto to balanced."
     wide = "potentials", "wins", "beta", "d_ref"
     revive_below = 0.6   # part of a fair share of wins; only where the marginal is 0 or below
+    revive_at = 1.0      # part of a fair share that a revived code begins with
     @typed
     def __init__(self,
         num_embeddings: int,                 # K, number of codes
@@ -231,3 +232,9 @@ def soft_em_step(
     q.book.absorb(counts, sums)
     q.potentials.copy_(next_potentials(q.potentials, counts, q.book.counts, q.exponent))
     if q.exponent <= 0 and q.revive_below > 0: revive(q, x)
+
+# %% ../nbs/07_ba_vq.ipynb #905904ba
+@register_quantizer("ba_vq_quick")
+class QuickBAQuantizer(BAQuantizer):
+    "BA-VQ whose revived codes begin with as little as others die of."
+    revive_below = revive_at = 0.3

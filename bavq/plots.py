@@ -22,7 +22,7 @@ __all__ = ['METHODS', 'COLORS', 'METHOD_LABELS', 'STYLE', 'MethodStyle', 'method
            'house_style', 'figure', 'show_images', 'show_rows', 'cell_borders', 'plot_codes', 'plot_usage', 'plot_rd',
            'plot_history', 'plot_paired']
 
-# %% ../nbs/01_plots.ipynb #493cd354
+# %% ../nbs/01_plots.ipynb #c6cd7500
 class MethodStyle(NamedTuple):
     "How a method is drawn."
     label: str      # as readers see it
@@ -40,6 +40,7 @@ METHODS = {
     "ba_vq_uniform": MethodStyle("BA-VQ, uniform marginal", "#009E73", "P", ":"),
     "vq_ema_data": MethodStyle("VQ-EMA, no revival", "#440066", "<", "--"),
     "peer_vq": MethodStyle("VectorQuantize (peer)", "#0000CC", "h", "-."),
+    "peer_vq_tuned": MethodStyle("VectorQuantize, tuned", "#333333", "H", "--"),
     "kmeans": MethodStyle("k-means", "#661100", "*", "-."),
     "bound": MethodStyle("bound", "#000000", "", "-"),
 }
