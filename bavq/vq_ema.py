@@ -13,7 +13,7 @@ from .quantizer import Quantized, Quantizer, from_rows, full_precision, init_uni
 
 # %% auto #0
 __all__ = ['wide', 'WideBuffers', 'hard_statistics', 'smooth', 'SpecifiedVQEMAQuantizer', 'EMACodebook', 'sample_rows', 'restart',
-           'VQEMAQuantizer', 'peer_library', 'PeerQuantizer', 'peer_step']
+           'VQEMAQuantizer', 'QuickVQEMAQuantizer', 'peer_library', 'PeerQuantizer', 'peer_step']
 
 # %% ../nbs/06_vq_ema.ipynb #3c3b3b13
 def wide(x: Tensor) -> Tensor:
@@ -103,7 +103,7 @@ class EMACodebook(WideBuffers):
         self.sums.lerp_(sums, 1 - self.decay)
         self.codes.copy_(self.sums / smooth(self.counts)[:, None])
 
-# %% ../nbs/06_vq_ema.ipynb #78c5fbd5
+# %% ../nbs/06_vq_ema.ipynb #b919e741
 def sample_rows(
     x: Tensor,  # this process's latents [N, D]
     n: int,     # how many to draw
@@ -119,18 +119,20 @@ def restart(
     book: EMACodebook,  # changed in place
     x: Tensor,          # latents [N, D]
     below: float,       # a code under this part of the mean count is revived; 0: none
+    at: float = 1.0,    # and begins with this part of it
 ) -> None:
     "Move codes that win too little to latents of the batch: code, count and sum together."
     fair = book.counts.mean()
     dead, rows = book.counts < below * fair, sample_rows(x, len(book.codes))
     book.codes.copy_(torch.where(dead[:, None], rows, book.codes))
-    book.counts.copy_(torch.where(dead, fair, book.counts))
-    book.sums.copy_(torch.where(dead[:, None], rows * fair, book.sums))
+    book.counts.copy_(torch.where(dead, at * fair, book.counts))
+    book.sums.copy_(torch.where(dead[:, None], rows * (at * fair), book.sums))
 
-# %% ../nbs/06_vq_ema.ipynb #7f768d02
+# %% ../nbs/06_vq_ema.ipynb #5cc44796
 @register_quantizer("vq_ema")
 class VQEMAQuantizer(Quantizer):
     "VQ-EMA that keeps its codes: started on the data, counts beside sums, revival of codes that win too little."
+    revive_at = 1.0   # part of a fair share that a revived code begins with
     @typed
     def __init__(self,
         num_embeddings: int,                 # K, number of codes
@@ -154,7 +156,14 @@ class VQEMAQuantizer(Quantizer):
     @torch.no_grad()
     def update(self, x, index):
         self.book.absorb(*hard_statistics(x, index, self.num_embeddings))
-        if self.restart_below > 0: restart(self.book, x, self.restart_below)
+        if self.restart_below > 0: restart(self.book, x, self.restart_below, self.revive_at)
+
+# %% ../nbs/06_vq_ema.ipynb #63e21489
+@register_quantizer("vq_ema_quick")
+class QuickVQEMAQuantizer(VQEMAQuantizer):
+    "VQ-EMA whose revived codes begin with as little as others die of."
+    @property
+    def revive_at(self): return self.restart_below
 
 # %% ../nbs/06_vq_ema.ipynb #60fb98b7
 def peer_library():
