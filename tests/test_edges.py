@@ -274,4 +274,6 @@ def test_differences_in_per_cent_are_of_the_pairs():
     assert "+99.7 % in the median" in text and "VQ-EMA" in text
     again = pd.DataFrame(rows).replace({"method": {"vq_ema": "vq"}})
     assert "VQ-EMA" not in verdict(summarise(again, "vq"), baseline="vq")
-    assert name_arms(pd.DataFrame(dict(method=["vq_ema", "vq_ema decay=0.95"])))["method"].tolist() == ["vq_ema with defaults", "vq_ema"]
+    tuned = "peer_vq decay=0.95 gradient=straight_through threshold_ema_dead_code=0.3"   # with 4,096 codes
+    methods = dict(method=["vq_ema", "vq_ema decay=0.95", tuned, tuned], codebook_size=[512, 512, 4096, 512])
+    assert name_arms(pd.DataFrame(methods))["method"].tolist() == ["vq_ema with defaults", "vq_ema", "peer_vq_tuned", tuned]
