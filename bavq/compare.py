@@ -11,10 +11,10 @@ from .core import RunConfig, atomic_write, require
 from .statistics import groups, holm, permutation_p, summarise
 
 # %% auto #0
-__all__ = ['STUDY_DATA', 'ARMS', 'ANSWER', 'cases', 'bar', 'verdict', 'answer_figure', 'arm', 'answer_configs', 'five_pairs',
-           'name_arms', 'against_strongest', 'share_figure', 'compare_figure']
+__all__ = ['STUDY_DATA', 'ARMS', 'ANSWER', 'RIVALS', 'cases', 'bar', 'verdict', 'answer_figure', 'arm', 'answer_configs',
+           'five_pairs', 'name_arms', 'against_strongest', 'compare_figure']
 
-# %% ../nbs/20_compare.ipynb #e6ae00b6
+# %% ../nbs/20_compare.ipynb #bd0b0028
 def cases(
     summary: pd.DataFrame,   # of `statistics.summarise`
     method: str = "ba_vq",   # compared with the summary's baseline
@@ -47,7 +47,7 @@ def verdict(
     held = c["both"].sum() >= 0.75 * len(c)
     shown = "Yes, in most cases" if held else "In part" if c["both"].any() else "Not shown"
     return (f"**{shown}.** Of {len(c)} cases ({c['pairs'].min()} or more paired seeds each), {name} has the higher perplexity with p < 0.01 in {c['more_codes'].sum()}, {other} in {fewer}; "
-            f"the difference is {part.median():+.1f} % in the median, from {part.min():+.1f} to {part.max():+.1f} %. A loss of 0.05 dB of PSNR is excluded in {c['psnr_kept'].sum()} cases, and {name} is worse in {lost}; "
+            f"the difference is {part.median():+.1f} % of {other}'s in the median, from {part.min():+.1f} to {part.max():+.1f} %. A loss of 0.05 dB of PSNR is excluded in {c['psnr_kept'].sum()} cases, and {name} is worse in {lost}; "
             f"the mean difference runs from {c['psnr_diff'].min():+.2f} to {c['psnr_diff'].max():+.2f} dB. Both together hold in {c['both'].sum()} of {len(c)}.")
 
 # %% ../nbs/20_compare.ipynb #f7c6afc6
@@ -78,13 +78,13 @@ def answer_figure(
     if len(dims) > 1: fig.legend(*first[0].get_legend_handles_labels(), loc="outside lower center", ncol=3)
     return fig
 
-# %% ../nbs/20_compare.ipynb #fc1090dc
+# %% ../nbs/20_compare.ipynb #fff31a02
 STUDY_DATA = ("photos", "fashion_mnist", "mnist", "cifar10-jpeg75")
 _STRONG = {"decay": "0.95"}
 ARMS = {   # short name: quantizer, options
     "vq_ema": ("vq_ema", _STRONG), "ba_vq": ("ba_vq", _STRONG), "ba_vq_uniform": ("ba_vq", _STRONG | {"marginal": "uniform"}), "ba_vq_free": ("ba_vq", _STRONG | {"marginal": "free"}),
     "vq_ema_data": ("vq_ema", _STRONG | {"init": "data", "restart_below": "0"}), "peer_vq": ("peer_vq", _STRONG), "peer_vq_tuned": ("peer_vq", _STRONG | {"gradient": "straight_through"}),
-    "vq_ema_spec": ("vq_ema_spec", {}), "ba_vq_spec": ("ba_vq_spec", {})}
+    "vq_ema_quick": ("vq_ema_quick", _STRONG | {"restart_below": "0.3"}), "ba_vq_quick": ("ba_vq_quick", _STRONG), "vq_ema_spec": ("vq_ema_spec", {}), "ba_vq_spec": ("ba_vq_spec", {})}
 ANSWER = RunConfig(train_size=6400, hidden_channels=16, batch_size=32, lr=2e-3, cooldown=0.16, warmup_steps=800, epochs=5, workers=0, checkpoint_every=5)
 
 def arm(
@@ -122,35 +122,19 @@ def name_arms(
     short = {(named(*arm(name, K)), K): name for name in ARMS for K in runs["codebook_size"].unique()}
     return runs.assign(method=[short.get((m, K), f"{m} with defaults" if m in ARMS else m) for m, K in zip(runs["method"], runs["codebook_size"])])
 
-# %% ../nbs/20_compare.ipynb #fecffc78
-def against_strongest(
-    runs: pd.DataFrame,                               # of `load_results`, named by `name_arms`
-    rivals=("vq_ema", "peer_vq", "peer_vq_tuned"),    # short names
-    method: str = "ba_vq",                            # compared with them
-) -> pd.DataFrame:
-    "A method against the rival of the highest mean perplexity, as of `bar`: a row for each case that has five pairs with every rival."
-    each = [bar(cases(summarise(runs[runs["method"].isin([a, method])], baseline=a), method)).query("pairs >= 5").assign(rival=a) for a in rivals]
-    every = pd.concat(each, ignore_index=True)
-    every = every[every.groupby("case")["rival"].transform("nunique") == len(rivals)]
-    return every.loc[every.groupby("case")["perplexity_diff"].idxmin()]   # the method is the same against each: its smallest lead is over the strongest
+# %% ../nbs/20_compare.ipynb #860af486
+RIVALS = ("vq_ema", "vq_ema_quick", "peer_vq", "peer_vq_tuned")
 
-# %% ../nbs/20_compare.ipynb #bea4243a
-def share_figure(
-    runs: pd.DataFrame,  # of `load_results`, named by `name_arms`
-):
-    "Perplexity as a part of K, and PSNR, of every arm: a column of panels for each data set, a dot for each run; returns the figure."
-    from bavq.plots import figure, method_style
-    data, arms = [d for d in (*STUDY_DATA, *sorted(set(runs["data"]) - {*STUDY_DATA})) if (runs["data"] == d).any()], [a for a in ARMS if (runs["method"] == a).any()]
-    fig, axes = figure(2, len(data), width=2.5, height=1.1 + 0.16 * len(arms))
-    for column, name in zip(axes.reshape(2, -1).T, data):
-        for i, a in enumerate(reversed(arms)):
-            g, style = runs[(runs["data"] == name) & (runs["method"] == a)], method_style(a)
-            for ax, x in zip(column, (100 * g["perplexity"] / g["codebook_size"], g["psnr"])): ax.plot(x, [i] * len(x), style.marker, color=style.color, ms=4, alpha=0.8)
-        for ax in column:
-            ax.set_ylim(-0.6, len(arms) - 0.4)
-            ax.set_yticks(range(len(arms)), [method_style(a).label for a in reversed(arms)] if ax in axes.reshape(2, -1)[:, 0] else [])
-        column[0].set(title=Path(name).name, xlabel="perplexity, % of K", xlim=(0, 100)); column[1].set_xlabel("PSNR [dB]")
-    return fig
+def against_strongest(
+    runs: pd.DataFrame,        # of `load_results`, named by `name_arms`
+    method: str = "ba_vq",     # compared with the strongest of the rivals
+    by: str = "perplexity",    # which is strongest: perplexity or psnr, in the mean over seeds
+) -> pd.DataFrame:
+    "A method against the strongest of `RIVALS` in each case, as of `bar`: a row for each case that has five pairs with every rival."
+    each = [bar(cases(summarise(runs[runs["method"].isin([a, method])], baseline=a), method)).query("pairs >= 5").assign(rival=a) for a in RIVALS]
+    every = pd.concat(each, ignore_index=True)
+    every = every[every.groupby("case")["rival"].transform("nunique") == len(RIVALS)]
+    return every.loc[every.groupby("case")[f"{by}_diff"].idxmin()]   # the method is the same against each: its smallest lead is over the strongest
 
 # %% ../nbs/20_compare.ipynb #0d4e5e8c
 def compare_figure(

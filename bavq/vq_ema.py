@@ -158,10 +158,12 @@ class VQEMAQuantizer(Quantizer):
         self.book.absorb(*hard_statistics(x, index, self.num_embeddings))
         if self.restart_below > 0: restart(self.book, x, self.restart_below, self.revive_at)
 
-# %% ../nbs/06_vq_ema.ipynb #63e21489
+# %% ../nbs/06_vq_ema.ipynb #1181c623
 @register_quantizer("vq_ema_quick")
 class QuickVQEMAQuantizer(VQEMAQuantizer):
     "VQ-EMA whose revived codes begin with as little as others die of."
+    def __init__(self, *args, restart_below: float = 0.3, **options): super().__init__(*args, restart_below=restart_below, **options)
+
     @property
     def revive_at(self): return self.restart_below
 

@@ -271,7 +271,7 @@ def test_differences_in_per_cent_are_of_the_pairs():
     rows = [dict(run=f"{m}{s}", data="toy", codebook_size=64, distance="euclidean", method=m, seed=s, psnr=20.0 + s, perplexity=p, usage_rate=1.0, dead_codes=0)
             for m, values in (("vq_ema", (50.0, 50.5, 51.2)), ("ba_vq", (100.0, 101.0, 102.0, 10.0, 10.0))) for s, p in enumerate(values)]
     text = verdict(summarise(pd.DataFrame(rows)))
-    assert "+99.7 % in the median" in text and "VQ-EMA" in text
+    assert "+99.7 % of VQ-EMA's in the median" in text and "VQ-EMA" in text
     again = pd.DataFrame(rows).replace({"method": {"vq_ema": "vq"}})
     assert "VQ-EMA" not in verdict(summarise(again, "vq"), baseline="vq")
     tuned = "peer_vq decay=0.95 gradient=straight_through threshold_ema_dead_code=0.3"   # with 4,096 codes
