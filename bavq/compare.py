@@ -12,7 +12,7 @@ from .statistics import groups, holm, permutation_p, summarise
 
 # %% auto #0
 __all__ = ['STUDY_DATA', 'ARMS', 'ANSWER', 'RIVALS', 'cases', 'bar', 'verdict', 'answer_figure', 'arm', 'answer_configs',
-           'five_pairs', 'name_arms', 'against_strongest', 'compare_figure']
+           'five_pairs', 'name_arms', 'against_each', 'against_strongest', 'compare_figure']
 
 # %% ../nbs/20_compare.ipynb #bd0b0028
 def cases(
@@ -122,18 +122,22 @@ def name_arms(
     short = {(named(*arm(name, K)), K): name for name in ARMS for K in runs["codebook_size"].unique()}
     return runs.assign(method=[short.get((m, K), f"{m} with defaults" if m in ARMS else m) for m, K in zip(runs["method"], runs["codebook_size"])])
 
-# %% ../nbs/20_compare.ipynb #860af486
+# %% ../nbs/20_compare.ipynb #7aeee48a
 RIVALS = ("vq_ema", "vq_ema_quick", "peer_vq", "peer_vq_tuned")
 
-def against_strongest(
+def against_each(
     runs: pd.DataFrame,        # of `load_results`, named by `name_arms`
-    method: str = "ba_vq",     # compared with the strongest of the rivals
-    by: str = "perplexity",    # which is strongest: perplexity or psnr, in the mean over seeds
+    method: str = "ba_vq",     # compared with each of `RIVALS`
 ) -> pd.DataFrame:
-    "A method against the strongest of `RIVALS` in each case, as of `bar`: a row for each case that has five pairs with every rival."
-    each = [bar(cases(summarise(runs[runs["method"].isin([a, method])], baseline=a), method)).query("pairs >= 5").assign(rival=a) for a in RIVALS]
-    every = pd.concat(each, ignore_index=True)
-    every = every[every.groupby("case")["rival"].transform("nunique") == len(RIVALS)]
+    "A method against each of `RIVALS`, as of `bar`: a row for each of them and each case that has five pairs with all."
+    every = pd.concat([bar(cases(summarise(runs[runs["method"].isin([a, method])], baseline=a), method)).query("pairs >= 5").assign(rival=a) for a in RIVALS], ignore_index=True)
+    return every[every.groupby("case")["rival"].transform("nunique") == len(RIVALS)]
+
+def against_strongest(
+    every: pd.DataFrame,       # of `against_each`
+    by: str = "perplexity",    # the rival with the highest perplexity, or psnr, in the mean over seeds
+) -> pd.DataFrame:
+    "The rows of the strongest rival: one for each case."
     return every.loc[every.groupby("case")[f"{by}_diff"].idxmin()]   # the method is the same against each: its smallest lead is over the strongest
 
 # %% ../nbs/20_compare.ipynb #0d4e5e8c
