@@ -78,7 +78,7 @@ def answer_figure(
     if len(dims) > 1: fig.legend(*first[0].get_legend_handles_labels(), loc="outside lower center", ncol=3)
     return fig
 
-# %% ../nbs/20_compare.ipynb #fff31a02
+# %% ../nbs/20_compare.ipynb #be8a0692
 STUDY_DATA = ("photos", "fashion_mnist", "mnist", "cifar10-jpeg75")
 _STRONG = {"decay": "0.95"}
 ARMS = {   # short name: quantizer, options
@@ -93,7 +93,7 @@ def arm(
 ) -> tuple[str, dict[str, str]]:
     "Quantizer and options; the peer's tuned threshold is a count of latents, so it falls as K grows."
     quantizer, options = ARMS[name]
-    return quantizer, options | ({"threshold_ema_dead_code": f"{1228.8 / K:g}"} if name == "peer_vq_tuned" else {})
+    return quantizer, options | ({"threshold_ema_dead_code": f"{0.6 * 2048 / K:g}"} if name == "peer_vq_tuned" else {})
 
 def answer_configs(
     arms=tuple(ARMS),                           # short names
