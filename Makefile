@@ -19,7 +19,7 @@ notebook: $(VENV)/.installed-notebooks ## open the notebooks in JupyterLab
 	@$(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/nbs/index.ipynb $(ARGS)
 
 explore: $(VENV)/.installed-notebooks ## serve the explorer as an application, in the browser
-	@$(BIN)/voila nbs/22_explore.ipynb $(ARGS)
+	@$(BIN)/voila nbs/7_comparison/02_explore.ipynb $(ARGS)
 
 test: $(VENV)/.installed-dev ## everything CI checks; the last line reads "N passed, N failed"
 	@$(BIN)/python tools/gate.py $(ARGS)
@@ -34,7 +34,7 @@ bench: $(VENV)/.installed-dev ## time and memory beside vector-quantize-pytorch,
 export: $(VENV)/.installed-dev ## write bavq/*.py from the notebooks
 	@$(BIN)/nbdev_export
 
-execute: export ## run the notebooks in place and store their outputs; one of them: NB=05_quantizer
+execute: export ## run the notebooks in place and store their outputs; one of them: NB=01_base
 	@$(BIN)/python tools/execute.py $(NB)
 
 clean-notebooks: $(VENV)/.installed-dev ## strip what need not be stored in the notebooks

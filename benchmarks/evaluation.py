@@ -20,15 +20,15 @@ NETWORKS = "inception", "lpips"
 
 def images(n):
     "Test batches: crops of photographs, as often as it takes."
-    from bavq.data import Batches, load_images
+    from bavq.theory.sources import Batches, load_images
     train = load_images("photos").train
     return Batches(train.repeat(-(-n // len(train)), 1, 1, 1)[:n], train.new_zeros(n).long(), 128, train=False)
 
 
 def model(loader):
     "A model of the preset `quick`, as it is after its first batch."
-    from bavq.core import set_seed
-    from bavq.vqvae import VQVAE
+    from bavq.core.config import set_seed
+    from bavq.models.vqvae import VQVAE
     set_seed(0)
     net = VQVAE("ba_vq", codebook_size=256, embedding_dim=64, hidden_channels=16)
     net(next(iter(loader))[0])
@@ -46,8 +46,8 @@ def part(name, n):
     "Run one part in this process."
     import torch
     torch.set_num_threads(1)
-    from bavq.evaluation import Judges, evaluate
-    from bavq.reports import train_eyes
+    from bavq.evaluation.evaluate import Judges, evaluate
+    from bavq.evaluation.reports import train_eyes
     if name == "libraries": return {}
     loader = images(n)
     if name == "images in memory": return {}
@@ -60,7 +60,7 @@ def network(name, n):
     "Milliseconds an image of a judge's network, original and reconstruction together, from a file of random weights."
     import torch
     torch.set_num_threads(1)
-    from bavq.reports import Inception, make_lpips
+    from bavq.evaluation.reports import Inception, make_lpips
     from torch_fidelity import feature_extractor_inceptionv3 as fidelity
     from torchvision.models import alexnet
     x = torch.rand(n, 3, 32, 32) * 2 - 1
@@ -85,8 +85,8 @@ def measured(kind, name, n):
 
 
 def main(n=60_000):
-    from bavq.core import write_json
-    from bavq.experiments import environment
+    from bavq.core.config import write_json
+    from bavq.training.experiments import environment
     parts = {}
     for name in PARTS:
         parts[name] = measured("part", name, n)

@@ -18,8 +18,8 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 
-from bavq.core import write_json
-from bavq.experiments import environment
+from bavq.core.config import write_json
+from bavq.training.experiments import environment
 
 
 def seconds(call, device):

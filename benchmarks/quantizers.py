@@ -1,7 +1,7 @@
 """Training step, evaluation and memory of the quantizers beside vector-quantize-pytorch: python benchmarks/quantizers.py [--quick] [--only step]
 
 Writes results/bench/*.json and the figure experiments/bench.png; `make bench`. One thread on the CPU; the same command runs on CUDA where there is
-one. How time and memory are taken is said in measure.py. 23_speed reads the records."""
+one. How time and memory are taken is said in measure.py. 04_speed reads the records."""
 import argparse
 import copy
 import logging
@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 from measure import ROOT, interleaved, peak_bytes, record
 
-import bavq.vqvae  # registers the quantizers
-from bavq.core import set_seed
-from bavq.quantizer import make_quantizer, nearest_code
-from bavq.vq_ema import peer_library
+import bavq.models.vqvae  # registers the quantizers
+from bavq.core.config import set_seed
+from bavq.quantizers.base import make_quantizer, nearest_code
+from bavq.quantizers.vq_ema import peer_library
 
 PEER = dict(decay=0.99, commitment_weight=0.25)
 PEERS = dict(peer_plain=dict(PEER, rotation_trick=False), peer_strong=dict(PEER, threshold_ema_dead_code=2))  # its plain EMA step; as commonly set
@@ -127,7 +127,7 @@ def precision(size, device):
 def model_step(compiled, size, device):
     "An optimiser step of a small VQ-VAE."
     set_seed(0)
-    net = bavq.vqvae.VQVAE("vq_ema", codebook_size=512, embedding_dim=64, hidden_channels=size["width"]).to(device)
+    net = bavq.models.vqvae.VQVAE("vq_ema", codebook_size=512, embedding_dim=64, hidden_channels=size["width"]).to(device)
     x, opt = torch.randn(size["batch"], 3, 32, 32).to(device), torch.optim.AdamW(net.parameters(), 3e-4)
     net(x)  # sets the codes; k-means++ is a library's, and the compiler cannot look into it
     run = torch.compile(net) if compiled else net
@@ -165,7 +165,7 @@ def aids(size, device):
 
 def figure(folder, path):
     "The step and its memory against the number of codes."
-    from bavq.speed import draw_steps
+    from bavq.studies.speed import draw_steps
     path.parent.mkdir(parents=True, exist_ok=True)
     draw_steps(folder).savefig(path)
     print(path)

@@ -18,9 +18,9 @@ from unittest import mock
 
 import torch
 
-from bavq.core import RunConfig, run_name, write_json
-from bavq.experiments import Ray, load_results, run, sweep
-from bavq.training import read_history
+from bavq.core.config import RunConfig, run_name, write_json
+from bavq.training.experiments import Ray, load_results, run, sweep
+from bavq.training.loop import read_history
 
 # before Ray is imported: a busy machine starts its processes slowly
 os.environ |= dict(RAY_raylet_start_wait_time_s="120", RAY_agent_register_timeout_ms="120000", RAY_worker_register_timeout_seconds="300",

@@ -2,7 +2,7 @@
 
 The straightforward loop is the one of most examples: torchvision's ImageFolder in a DataLoader opens each picture with PIL and turns it to floats, the
 memory format and the optimizer are the default ones, losses are fetched after every step, and VQ-EMA is written with a table of distances and a one-hot
-matrix. The arms change one thing after another; the package is `bavq.training` as it stands. Pictures are files of the size that the network sees, but
+matrix. The arms change one thing after another; the package is `bavq.training.loop` as it stands. Pictures are files of the size that the network sees, but
 for `photographs`: JPEG files of 256 by 256 pixels that are resized to 64 by 64, as in training on pictures of one's own; there is a loop with loader
 processes too, where seconds are of the clock. Beside them stand the straightforward loop around the
 quantizer of vector-quantize-pytorch, the package in bfloat16, and with BA-VQ. All train the same network on the same images in the same order, by turns,
@@ -28,12 +28,12 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 
-from bavq.core import RunConfig, set_seed, write_json
-from bavq.data import PHOTOS, get_dataloaders, photo_path
-from bavq.experiments import cores
-from bavq.quantizer import Quantized, from_rows, initialise, latent_rows, register_quantizer, squared_distances
-from bavq.training import build_model, loss_terms, make_accelerator, prepare, train_epoch
-from bavq.vq_ema import VQEMAQuantizer, restart
+from bavq.core.config import RunConfig, set_seed, write_json
+from bavq.theory.sources import PHOTOS, get_dataloaders, photo_path
+from bavq.training.experiments import cores
+from bavq.quantizers.base import Quantized, from_rows, initialise, latent_rows, register_quantizer, squared_distances
+from bavq.training.loop import build_model, loss_terms, make_accelerator, prepare, train_epoch
+from bavq.quantizers.vq_ema import VQEMAQuantizer, restart
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT, QUICK = "results/bench", "experiments/bench-quick"

@@ -1,4 +1,4 @@
-"""The quantizer benchmark, small: it writes what 23_speed reads. What takes how long is no test's business."""
+"""The quantizer benchmark, small: it writes what 04_speed reads. What takes how long is no test's business."""
 import importlib.util
 import math
 import subprocess
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bavq.speed import ARMS, draw_steps, exponent_of, load_bench, ratio, seconds_table
+from bavq.studies.speed import ARMS, draw_steps, exponent_of, load_bench, ratio, seconds_table
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -56,7 +56,7 @@ def test_the_training_loops_have_the_same_losses(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     import training
 
-    from bavq.data import get_dataloaders
+    from bavq.theory.sources import get_dataloaders
     config = training.replace(training.NETWORKS["tiny"], train_size=640)
     config = training.write_files(config, tmp_path)
     files = training.datasets.ImageFolder(tmp_path / "train", training.to_float())

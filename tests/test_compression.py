@@ -5,10 +5,22 @@ import random
 import pytest
 import torch
 
-from bavq.compression import CODINGS, DIGEST, HEADER, compress, compress_folder, decompress, digest, image_codes, plan, read_codes, read_header
-from bavq.core import BavqError, set_seed
-from bavq.priors import make_prior
-from bavq.vqvae import VQVAE
+from bavq.core.config import BavqError, set_seed
+from bavq.evaluation.compression import (
+    CODINGS,
+    DIGEST,
+    HEADER,
+    compress,
+    compress_folder,
+    decompress,
+    digest,
+    image_codes,
+    plan,
+    read_codes,
+    read_header,
+)
+from bavq.models.priors import make_prior
+from bavq.models.vqvae import VQVAE
 
 pytest.importorskip("constriction")
 K, IMAGES = 24, 6
@@ -106,7 +118,7 @@ def test_only_the_model_and_the_prior_that_wrote_it_read_a_file(parts, seed):
 @pytest.mark.parametrize("lie", [dict(n=2**32 - 1), dict(height=2**32 - 1, width=2**32 - 1), dict(n=0), dict(width=0), dict(tile=0), dict(tile=65532), dict(tile=30), dict(channels=200), dict(coding=3), dict(n=349_526)])
 def test_absurd_sizes_are_refused_before_anything_is_allocated(parts, lie, monkeypatch):
     _, model, prior, files = parts
-    monkeypatch.setattr("bavq.compression.decode_indices", lambda *_: pytest.fail("it went on to decode"))
+    monkeypatch.setattr("bavq.evaluation.compression.decode_indices", lambda *_: pytest.fail("it went on to decode"))
     body = HEADER.pack(*read_header(files["uniform"])._replace(**lie)) + files["uniform"][HEADER.size:-DIGEST]
     assert refused(body + digest(body), model, prior)
 

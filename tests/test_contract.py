@@ -1,4 +1,4 @@
-"""The contract of a quantizer (05_quantizer), for every registered one: random sizes, scales and seeds, in float32 and
+"""The contract of a quantizer (01_base), for every registered one: random sizes, scales and seeds, in float32 and
 under bfloat16 autocast, for rows and for maps."""
 import contextlib
 import copy
@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 
 import bavq
 
-for path in sorted(Path(bavq.__file__).parent.glob("*.py")):  # whatever registers a quantizer
-    if re.search(r"^@register_quantizer\(", path.read_text(encoding="utf-8"), re.M): importlib.import_module(f"bavq.{path.stem}")
+for path in sorted(Path(bavq.__file__).parent.rglob("*.py")):  # whatever registers a quantizer
+    if re.search(r"^@register_quantizer\(", path.read_text(encoding="utf-8"), re.M): importlib.import_module(".".join(path.relative_to(Path(bavq.__file__).parent.parent).with_suffix("").parts))
 
-from bavq.quantizer import QUANTIZERS, RULES, check_quantizer, make_quantizer, rotate
-from bavq.remedies import entropy_term, with_losses
+from bavq.quantizers.base import QUANTIZERS, RULES, check_quantizer, make_quantizer, rotate
+from bavq.quantizers.remedies import entropy_term, with_losses
 
 PEER = importlib.util.find_spec("vector_quantize_pytorch") is not None
 NAMES = [n for n in sorted(QUANTIZERS) if PEER or not n.startswith("peer")]  # a wrapped library may not be installed
@@ -205,8 +205,8 @@ def test_a_latent_of_zero_has_a_gradient_like_others():
 
 def test_what_cannot_be_joined_is_refused():
     for options in (dict(name="product", base="vq_ema_growing"), dict(name="product", base="residual", levels="8,8", dropout=0.5)):
-        with pytest.raises(bavq.core.BavqError, match="cannot be joined|outermost"): make_quantizer(num_embeddings=4096, embedding_dim=8, **options)
-    with pytest.raises(bavq.core.BavqError, match="until 0"): make_quantizer("vq_ema_growing", 64, 8, until=0)
+        with pytest.raises(bavq.core.config.BavqError, match="cannot be joined|outermost"): make_quantizer(num_embeddings=4096, embedding_dim=8, **options)
+    with pytest.raises(bavq.core.config.BavqError, match="until 0"): make_quantizer("vq_ema_growing", 64, 8, until=0)
 
 
 def test_two_passes_before_one_backward():
@@ -230,7 +230,7 @@ def test_whole_numbers_of_any_kind():
 
 def test_a_price_without_end_is_refused():
     for name, option in (("ba_vq", "beta"), ("gumbel", "temperature")):
-        for value in (float("inf"), 1e38, 1e-38): pytest.raises(bavq.core.BavqError, make_quantizer, name, 16, 4, **{option: value})
+        for value in (float("inf"), 1e38, 1e-38): pytest.raises(bavq.core.config.BavqError, make_quantizer, name, 16, 4, **{option: value})
     q = make_quantizer("ba_vq", 16, 4, beta=1e12).train()
     for _ in range(3): q(torch.randn(64, 4))
     assert q.codebook.isfinite().all()

@@ -11,8 +11,8 @@ import psutil
 import pytest
 import torch
 
-from bavq.core import RunConfig, only_writer
-from bavq.experiments import first_steps
+from bavq.core.config import RunConfig, only_writer
+from bavq.training.experiments import first_steps
 
 ROOT = Path(__file__).resolve().parent.parent
 ENV = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
@@ -83,7 +83,7 @@ def test_several_processes_stop_together_and_go_on(tmp_path):
 
 LOADED = """
 import sys, torch
-from bavq.vq_ema import VQEMAQuantizer
+from bavq.quantizers.vq_ema import VQEMAQuantizer
 torch.set_num_threads(1)
 torch.distributed.init_process_group("gloo")
 torch.manual_seed(0)
@@ -105,7 +105,7 @@ def test_codes_that_one_process_has_loaded(tmp_path):
 
 MASKED = """
 import sys, torch
-from bavq.adapters import as_vector_quantize
+from bavq.quantizers.adapters import as_vector_quantize
 from bavq import BAQuantizer, VQEMAQuantizer, make_quantizer
 torch.set_num_threads(1)
 torch.set_default_dtype(torch.float64)
@@ -143,8 +143,8 @@ def test_sequences_of_several_lengths_on_several_processes(tmp_path):
 
 
 SWEEP = """
-from bavq.core import RunConfig
-from bavq.experiments import sweep
+from bavq.core.config import RunConfig
+from bavq.training.experiments import sweep
 if __name__ == "__main__": sweep([RunConfig(name=q, quantizer=q, **{tiny}) for q in ("vq_ema", "ba_vq")], {out!r}, jobs=2, progress=False)
 """
 

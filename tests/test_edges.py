@@ -12,24 +12,24 @@ import pytest
 import torch
 from PIL import Image
 
-from bavq import data
-from bavq.compare import name_arms, verdict
-from bavq.core import BavqError, DiskError, RunConfig, check_config, get_rng_state, newest_checkpoint, require_same, run_name, set_rng_state
-from bavq.evaluation import evaluate, operating_point
-from bavq.experiments import run
-from bavq.explore import make_schedule
-from bavq.linear_lab import distortion_bound
-from bavq.metrics import LossMeter, compute_entropy_bits
-from bavq.networks import Decoder
-from bavq.plots import cell_borders
-from bavq.prior_training import PriorConfig, extract_codes, model_codes, save_samples, train_prior
-from bavq.priors import make_prior
-from bavq.quantizer import VectorQuantizer
-from bavq.rate_distortion import blahut_arimoto, blahut_arimoto_codebook
-from bavq.reports import load_weights, report
-from bavq.statistics import minimum_detectable_effect, paired_difference, permutation_p, summarise
-from bavq.training import load_model, make_accelerator, prepare, save_checkpoint, train
-from bavq.vqvae import VQVAE
+from bavq.comparison.compare import name_arms, verdict
+from bavq.comparison.explore import make_schedule
+from bavq.core.config import BavqError, DiskError, RunConfig, check_config, get_rng_state, newest_checkpoint, require_same, run_name, set_rng_state
+from bavq.core.plots import cell_borders
+from bavq.evaluation.evaluate import evaluate, operating_point
+from bavq.evaluation.reports import load_weights, report
+from bavq.models.networks import Decoder
+from bavq.models.priors import make_prior
+from bavq.models.vqvae import VQVAE
+from bavq.quantizers.base import VectorQuantizer
+from bavq.studies.linear_lab import distortion_bound
+from bavq.theory import sources as data
+from bavq.theory.metrics import LossMeter, compute_entropy_bits
+from bavq.theory.rate_distortion import blahut_arimoto, blahut_arimoto_codebook
+from bavq.theory.statistics import minimum_detectable_effect, paired_difference, permutation_p, summarise
+from bavq.training.experiments import run
+from bavq.training.loop import load_model, make_accelerator, prepare, save_checkpoint, train
+from bavq.training.prior_training import PriorConfig, extract_codes, model_codes, save_samples, train_prior
 
 TINY = RunConfig(train_size=64, codebook_size=8, embedding_dim=4, hidden_channels=4, residual_blocks=0, epochs=1, batch_size=32)
 
@@ -180,7 +180,7 @@ def test_a_warm_up_is_of_its_images(tmp_path, monkeypatch):
 
 
 def test_a_schedule_by_entropy_keeps_its_ends(monkeypatch):
-    monkeypatch.chdir(Path(__file__).resolve().parent.parent / "nbs")   # beside the records
+    monkeypatch.chdir(Path(__file__).resolve().parent.parent / "nbs/7_comparison")   # beside the records
     f = make_schedule("entropy", 50, 1000)
     assert f(0) == pytest.approx(50) and f(1) == pytest.approx(1000) and 100 < f(0.5) < 500
 

@@ -15,11 +15,11 @@ import pytest
 import torch
 from torch.utils.data import get_worker_info
 
-import bavq.core
-import bavq.data
-import bavq.training
+import bavq.core.config
+import bavq.theory.sources
+import bavq.training.loop
 from bavq.cli import main, parse
-from bavq.core import (
+from bavq.core.config import (
     BavqError,
     DiskError,
     Interrupted,
@@ -31,9 +31,9 @@ from bavq.core import (
     stop_signals,
     write_json,
 )
-from bavq.data import Batches, Image, epoch_order, get_dataloaders
-from bavq.experiments import run
-from bavq.prior_training import Codes, PriorConfig, fit_prior
+from bavq.theory.sources import Batches, Image, epoch_order, get_dataloaders
+from bavq.training.experiments import run
+from bavq.training.prior_training import Codes, PriorConfig, fit_prior
 
 TINY = RunConfig(name="run", data="images.npz", quantizer="vq_ema", codebook_size=8, embedding_dim=4, hidden_channels=4, residual_blocks=0, epochs=3, batch_size=16, checkpoint_every=1)
 CODES = Codes(*[np.random.default_rng(0).integers(0, 16, (64, 4, 4), dtype=np.uint8)] * 2, *[np.arange(64) % 3] * 2, 16, num_classes=3, model="0" * 64)
@@ -114,13 +114,13 @@ def test_a_stopped_command_says_how_to_go_on(monkeypatch, capsys):
 
 
 def test_a_prior_that_is_asked_to_stop_goes_on_to_the_bit():
-    inner = bavq.training.LossMeter.update
+    inner = bavq.training.loop.LossMeter.update
 
     def update(self, *args, **options):
         inner(self, *args, **options)
         if self.steps == 3 and not checkpoints(Path("prior")): signal.raise_signal(signal.SIGTERM)
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(bavq.training.LossMeter, "update", update)
+        m.setattr(bavq.training.loop.LossMeter, "update", update)
         with pytest.raises(Interrupted, match="after step 3 of 4"): train_prior()
     assert [p.name for p in checkpoints(Path("prior"))] == ["checkpoint_epoch0_step3.pt"]
     train_prior()
@@ -143,11 +143,11 @@ def test_in_another_thread_signals_are_left_alone():
 
 def test_long_epochs_are_saved_within(monkeypatch):
     "A checkpoint is due by the clock, not only by the epoch."
-    monkeypatch.setattr(bavq.training, "SAVE_EVERY", 0)
+    monkeypatch.setattr(bavq.training.loop, "SAVE_EVERY", 0)
     with at_batch(8, lambda batch: (_ for _ in ()).throw(MemoryError())), pytest.raises(MemoryError): train()
     assert [p.name for p in checkpoints(Path("run"))] == ["checkpoint_epoch1_step1.pt", "checkpoint_epoch1_step2.pt"]
     train()
-    monkeypatch.setattr(bavq.training, "SAVE_EVERY", 600)
+    monkeypatch.setattr(bavq.training.loop, "SAVE_EVERY", 600)
     assert undisturbed(train, Path("run"))
 
 
@@ -193,7 +193,7 @@ def test_a_folder_that_cannot_be_written(monkeypatch, here):
         with pytest.raises(BavqError) as e: run(TINY, out, progress=False)
         assert "\n" not in str(e.value)
     def refuse(*_, **__): raise PermissionError(13, "Permission denied")
-    monkeypatch.setattr(bavq.core.tempfile, "mkstemp", refuse)
+    monkeypatch.setattr(bavq.core.config.tempfile, "mkstemp", refuse)
     with pytest.raises(DiskError, match="Permission denied"): run(TINY, here, progress=False)
     assert not list(Path("run").glob("c*"))
 
@@ -219,18 +219,18 @@ def streamed(monkeypatch):
         path = Path("pictures", "test" if i >= 32 else "train", "a", f"{i}.png")
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(path)
-    monkeypatch.setattr(bavq.training, "get_dataloaders", partial(get_dataloaders, memory_limit=0))
+    monkeypatch.setattr(bavq.training.loop, "get_dataloaders", partial(get_dataloaders, memory_limit=0))
     return replace(TINY, data="pictures", workers=1, epochs=2, batch_size=8)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_killed_loader_process_ends_in_one_line_and_the_run_goes_on(streamed, monkeypatch):
-    inner, flag = bavq.data.read_image, Path("kill it").resolve()
+    inner, flag = bavq.theory.sources.read_image, Path("kill it").resolve()
 
     def deadly(path, size=0):
         if get_worker_info() and flag.exists() and checkpoints(flag.parent / "run"): flag.unlink(); os.kill(os.getpid(), signal.SIGKILL)
         return inner(path, size)
-    monkeypatch.setattr(bavq.data, "read_image", deadly)
+    monkeypatch.setattr(bavq.theory.sources, "read_image", deadly)
     flag.touch()
     with pytest.raises(BavqError, match="a loader process was killed") as e: train(config=streamed)
     assert "stopped in epoch 2" in str(e.value) and "checkpoint_epoch1.pt" in str(e.value) and "\n" not in str(e.value)
@@ -251,14 +251,14 @@ def test_a_picture_that_vanishes_while_training_is_named(streamed):
 
 @contextlib.contextmanager
 def at_stream(number, do):
-    inner, count = bavq.training.LossMeter.update, [0]
+    inner, count = bavq.training.loop.LossMeter.update, [0]
 
     def update(self, losses, *args, **options):
         count[0] += "norm" in options
         if count[0] == number: count[0] += 1; do()
         return inner(self, losses, *args, **options)
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(bavq.training.LossMeter, "update", update)
+        m.setattr(bavq.training.loop.LossMeter, "update", update)
         yield
 
 
@@ -298,6 +298,6 @@ def test_a_gradient_that_is_not_finite_stops_the_run(monkeypatch):
 
 def test_nothing_is_asked_of_the_device_at_every_step():
     "The counts of good steps stay on the device: on one without values, nothing fails."
-    meter, one = bavq.training.LossMeter(), torch.ones((), device="meta")
+    meter, one = bavq.training.loop.LossMeter(), torch.ones((), device="meta")
     for _ in range(3): meter.update(dict(loss=one), norm=one)
     assert meter.steps == 3 and meter.good.device.type == "meta"

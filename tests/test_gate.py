@@ -123,6 +123,6 @@ def test_broken_pages_are_found(tmp_path):
 
 def test_names_become_links_but_not_everywhere():
     table = {"fit": "{py:obj}`fit <bavq.toy.fit>`"}
-    text = docs.prose("## The `fit`\n\nCall `fit`, [not `fit`](a.md), `fitted` and $$`fit`$$.\n\n```\n`fit`\n```\nSee [tests](../tests).", table, docs.settings())
+    text = docs.prose("## The `fit`\n\nCall `fit`, [not `fit`](a.md), `fitted` and $$`fit`$$.\n\n```\n`fit`\n```\nSee [tests](../tests).", table, docs.settings(), docs.ROOT / "nbs")
     assert text.count("{py:obj}") == 1 and "Call {py:obj}`fit" in text
     assert f"({docs.settings()['git_url']}/tree/main/tests)" in text

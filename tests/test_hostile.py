@@ -16,14 +16,14 @@ import pytest
 import torch
 
 import bavq
-from bavq.core import BavqError, RunConfig, check_config, config_from_dict, newest_checkpoint, read_json, read_weights, write_json
-from bavq.data import load_images, read_arrays, read_image
-from bavq.experiments import read_config, run
-from bavq.prior_training import extract_codes
-from bavq.priors import load_prior, make_prior
-from bavq.quantizer import make_quantizer
-from bavq.reports import load_weights, weights_from
-from bavq.training import load_model
+from bavq.core.config import BavqError, RunConfig, check_config, config_from_dict, newest_checkpoint, read_json, read_weights, write_json
+from bavq.evaluation.reports import load_weights, weights_from
+from bavq.models.priors import load_prior, make_prior
+from bavq.quantizers.base import make_quantizer
+from bavq.theory.sources import load_images, read_arrays, read_image
+from bavq.training.experiments import read_config, run
+from bavq.training.loop import load_model
+from bavq.training.prior_training import extract_codes
 
 SOURCES = sorted(Path(bavq.__file__).parent.glob("*.py"))
 
@@ -133,7 +133,7 @@ def test_no_module_evaluates_text_or_loads_without_care(path):
     assert not wrong
 
 
-@pytest.mark.parametrize("text", ["os.system", "__import__('os').system('touch trapped')", "torch.nn.Linear", "bavq.quantizer.VectorQuantizer", "../../evil", "!!python/name:os.system"])
+@pytest.mark.parametrize("text", ["os.system", "__import__('os').system('touch trapped')", "torch.nn.Linear", "bavq.quantizers.base.VectorQuantizer", "../../evil", "!!python/name:os.system"])
 def test_names_in_a_configuration_are_looked_up_and_never_evaluated(text):
     with pytest.raises(BavqError, match="unknown quantizer"): make_quantizer(text, 8, 4)
     with pytest.raises(BavqError, match="unknown prior"): make_prior(text, 8, (4, 4))
@@ -227,7 +227,7 @@ def test_a_bomb_is_refused_before_it_fills_the_memory(bomb, here):
 
 def test_an_archive_of_arrays_says_how_large_it_becomes(here, monkeypatch):
     "Sizes are in the archive's table, and are looked at before anything is unpacked."
-    monkeypatch.setattr("bavq.data.MEMORY_LIMIT", 2**24)
+    monkeypatch.setattr("bavq.theory.sources.MEMORY_LIMIT", 2**24)
     zipped(here / "x.npz", "train.npy", 2**26)
     with pytest.raises(BavqError, match="would fill the memory"): read_arrays(here / "x.npz")
 

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from bavq.core import BavqError, RunConfig
-from bavq.data import cache_dir
-from bavq.experiments import Ray, as_task, collect, run, sweep
+from bavq.core.config import BavqError, RunConfig
+from bavq.theory.sources import cache_dir
+from bavq.training.experiments import Ray, as_task, collect, run, sweep
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = dict(train_size=320, codebook_size=16, embedding_dim=8, hidden_channels=8, residual_blocks=1, epochs=1, batch_size=32)

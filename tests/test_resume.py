@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bavq.core import BavqError, RunConfig
-from bavq.experiments import run
+from bavq.core.config import BavqError, RunConfig
+from bavq.training.experiments import run
 
 ROOT = Path(__file__).resolve().parent.parent
 PATHS = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])

@@ -13,9 +13,27 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-NOTEBOOKS = {p.stem: json.loads(p.read_text(encoding="utf-8")) for p in sorted((ROOT / "nbs").glob("*.ipynb")) if p.name[0] not in "_."}
-MODULES = {p.stem: ast.parse(p.read_text(encoding="utf-8")) for p in sorted((ROOT / "bavq").glob("*.py")) if p.name[0] != "_"}
-NUMBER = {stem[3:]: int(stem[:2]) for stem in NOTEBOOKS if re.match(r"\d\d_", stem)}
+PARTS = [*json.loads((ROOT / "nbs/parts.json").read_text(encoding="utf-8"))]  # in the order of the book
+PATHS = {p.relative_to(ROOT / "nbs").with_suffix("").as_posix(): p for p in sorted((ROOT / "nbs").rglob("*.ipynb"))
+         if not any(q[0] in "_." for q in p.relative_to(ROOT).parts)}
+NOTEBOOKS = {n: json.loads(p.read_text(encoding="utf-8")) for n, p in PATHS.items()}
+MODULES = {".".join(p.relative_to(ROOT / "bavq").with_suffix("").parts): ast.parse(p.read_text(encoding="utf-8"))
+           for p in sorted((ROOT / "bavq").rglob("*.py")) if p.name[0] != "_"}
+
+
+def place(notebook):
+    "Of a notebook in the book: the number of its part, its own number in it."
+    part, _, stem = notebook.rpartition("/")
+    return PARTS.index(part), int(stem[:2])
+
+
+def module_name(notebook):
+    "The module that a notebook's code belongs to: `2_quantizers/01_base` makes quantizers.base; the appendix has no folder."
+    part, _, stem = notebook.rpartition("/")
+    return f"{part[2:]}.{stem[3:]}" if part[0].isdigit() else stem[3:]
+
+
+PLACE = {module_name(n): place(n) for n in NOTEBOOKS if n != "index"}
 
 
 def none(problems):
@@ -51,17 +69,18 @@ def statements(source):
 def canonical(distribution): return re.sub(r"[-_.]+", "-", distribution).lower()
 
 
-def imports(tree):
+def imports(tree, module="part.module"):
     "(name, line) of everything imported anywhere in a module, also inside functions: `from a.b import c` gives a.b and a.b.c."
     for node in ast.walk(tree):
         if isinstance(node, ast.Import): yield from ((a.name, node.lineno) for a in node.names)
         elif isinstance(node, ast.ImportFrom):
-            base = ".".join(["bavq"] * bool(node.level) + [node.module] * bool(node.module))  # nbdev writes bavq.x as .x
+            here = ["bavq", *module.split(".")]  # nbdev writes bavq.a.b as .b or ..a.b
+            base = ".".join(here[:len(here) - node.level] * bool(node.level) + [node.module] * bool(node.module))
             yield base, node.lineno
             yield from ((f"{base}.{a.name}", node.lineno) for a in node.names)
 
 
-def imported(top): return [f"bavq/{m}.py line {line}" for m, tree in MODULES.items() for name, line in imports(tree) if name.split(".")[0] == top]
+def imported(top): return [f"bavq/{m}.py line {line}" for m, tree in MODULES.items() for name, line in imports(tree, m) if name.split(".")[0] == top]
 
 
 # The modules
@@ -70,26 +89,28 @@ def test_one_notebook_one_module():
     exports = {n: [] for n in NOTEBOOKS}
     for n, _, source, _ in code_cells():
         if d := directive("default_exp", source): exports[n].append(d)
-    wrong = [f"{n}: its code goes to {d}; write `#| default_exp {n[3:]}`, once" for n, d in exports.items() if d and d != [n[3:]]]
+    wrong = [f"{n}: its code goes to {d}; write `#| default_exp {module_name(n)}`, once" for n, d in exports.items() if d and d != [module_name(n)]]
     homeless = {n for n, *_ in code_cells(only_exported=True) if not exports[n]}
-    wrong += [f"{n}: exports code but has no `#| default_exp {n[3:]}`" for n in sorted(homeless)]
+    wrong += [f"{n}: exports code but has no `#| default_exp {module_name(n)}`" for n in sorted(homeless)]
     made = {d for ds in exports.values() for d in ds}
     wrong += [f"bavq/{m}.py has no notebook: delete it, or bring its notebook back" for m in sorted(MODULES.keys() - made)]
     wrong += [f"bavq/{m}.py is missing: run `make export`" for m in sorted(made - MODULES.keys())]
-    numbers = list(NUMBER.values())
-    wrong += [f"two notebooks have the number {k:02d}: give one another" for k in sorted({k for k in numbers if numbers.count(k) > 1})]
+    places = list(PLACE.values())
+    wrong += [f"two notebooks of {PARTS[p]} have the number {k:02d}: give one another" for p, k in sorted({k for k in places if places.count(k) > 1})]
+    names = [m.rpartition(".")[2] for m in PLACE]
+    wrong += [f"two notebooks are called {n}: links go by name; give one another" for n in sorted({n for n in names if names.count(n) > 1})]
     none(wrong)
 
 
 def test_every_import_points_to_an_earlier_notebook():
-    "A strictly smaller number, so there can be no cycle."
+    "Of an earlier part, or with a smaller number in the same part: so there can be no cycle."
     wrong = []
     for module, tree in MODULES.items():
-        for name, line in imports(tree):  # also inside functions
-            where = f"bavq/{module}.py line {line} imports {name}"
+        for name, line in imports(tree, module):  # also inside functions
+            where = f"bavq/{module.replace('.', '/')}.py line {line} imports {name}"
             if name == "bavq": wrong.append(f"{where}: import from the module that defines it")
             elif name.endswith(".*"): wrong.append(f"{where}: name what you import")
-            elif (m := re.match(r"bavq\.(\w+)", name)) and m[1] in MODULES and not NUMBER.get(m[1], 99) < NUMBER.get(module, -1):
+            elif (m := re.match(r"bavq\.(\w+\.\w+|\w+)", name)) and m[1] in MODULES and not PLACE[m[1]] < PLACE[module]:
                 wrong.append(f"{where}: only earlier notebooks may be imported; move the code, or register it from the later notebook")
     none(sorted(set(wrong)))
 
@@ -100,7 +121,7 @@ def test_package_needs_no_authoring_tool(tool):
 
 
 def test_only_plots_imports_matplotlib():
-    none([f"{w} imports matplotlib: use bavq.plots" for w in imported("matplotlib") if not w.startswith("bavq/plots.py")])
+    none([f"{w} imports matplotlib: use bavq.core.plots" for w in imported("matplotlib") if not w.startswith("bavq/core.plots.py")])
 
 
 def test_import_bavq_is_light():
@@ -206,7 +227,7 @@ def test_outputs_are_fit_to_store():
 
 
 def test_notebooks_are_small():
-    size = {n: (ROOT / "nbs" / f"{n}.ipynb").stat().st_size / 1024 for n in NOTEBOOKS}
+    size = {n: p.stat().st_size / 1024 for n, p in PATHS.items()}
     wrong = [f"{n}: {kb:.0f} KB; fewer or smaller figures, 150 KB at most" for n, kb in size.items() if kb > 150]
     none(wrong + [f"all notebooks: {sum(size.values()):.0f} KB, 3072 KB at most"] * (sum(size.values()) > 3072))
 

@@ -24,16 +24,16 @@ import numpy as np
 import torch
 
 import bavq
-import bavq.compression as compression
-import bavq.data as data
-import bavq.rate_distortion as rd
-import bavq.remedies as remedies
+import bavq.evaluation.compression as compression
+import bavq.quantizers.remedies as remedies
+import bavq.theory.rate_distortion as rd
+import bavq.theory.sources as data
 from bavq.cli import main
-from bavq.core import BavqError, RunConfig, check_config, config_from_dict, read_json, read_weights, write_json
-from bavq.experiments import environment, load_results, read_config, run, sweep
-from bavq.prior_training import PriorConfig, prepare_prior
-from bavq.priors import load_prior, make_prior
-from bavq.training import load_model
+from bavq.core.config import BavqError, RunConfig, check_config, config_from_dict, read_json, read_weights, write_json
+from bavq.models.priors import load_prior, make_prior
+from bavq.training.experiments import environment, load_results, read_config, run, sweep
+from bavq.training.loop import load_model
+from bavq.training.prior_training import PriorConfig, prepare_prior
 
 NAN, INF = float("nan"), float("inf")
 WHOLE = ["a", None, 1.5, NAN, INF, -INF, [], {}, (1, 2), -1, -10**30, 10**30, b"1", 1j]
@@ -116,7 +116,7 @@ def configurations(folder):
             yield "config_from_dict", f"{f.name}={v!r:.40}", lambda f=f, v=v: check_config(config_from_dict({f.name: v}))
             yield "run", f"{f.name}={v!r:.40}", lambda f=f, v=v: run(replace(RunConfig(data=str(folder / "images.npz")), **{f.name: v}), folder / "runs", progress=False)
     for d in (None, 3, "a", [], [1], {"epoch": 1}, {3: 1}, {None: 1}): yield "config_from_dict", repr(d), lambda d=d: config_from_dict(d)
-    codes = bavq.__dict__.get("_codes") or __import__("bavq.prior_training", fromlist=["Codes"]).Codes(*[np.zeros((64, 4, 4), np.uint8)] * 2, *[np.zeros(64, int)] * 2, 16, num_classes=1)
+    codes = bavq.__dict__.get("_codes") or __import__("bavq.training.prior_training", fromlist=["Codes"]).Codes(*[np.zeros((64, 4, 4), np.uint8)] * 2, *[np.zeros(64, int)] * 2, 16, num_classes=1)
     for f in fields(PriorConfig):
         if f.name in ("name", "wandb", "class_conditional"): continue
         for v in lists[f.type.partition("[")[0]] + ["nope"] * (f.type == "str"):

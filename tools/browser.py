@@ -1,4 +1,4 @@
-"""Use the notebooks as a reader does, in JupyterLab and in a real browser: python tools/browser.py [22_explore …]
+"""Use the notebooks as a reader does, in JupyterLab and in a real browser: python tools/browser.py [7_comparison/02_explore …]
 
 Works in a copy of nbs/ and results/ whose outputs are removed. Every cell must run, no output may be an error, and what can be moved
 is moved with the keyboard: the picture must change. Screenshots and times go to experiments/browser/. Needs Chromium: Playwright's, the
@@ -24,7 +24,7 @@ from pathlib import Path
 import nbformat
 from gate import BIN, ENV, ROOT, Report
 
-READ = ["18_linear_lab", "19_tutorial", "20_compare", "21_variants", "22_explore"]
+READ = ["6_studies/01_linear_lab", "1_theory/01_tutorial", "7_comparison/01_compare", "6_studies/03_variants", "7_comparison/02_explore"]
 OUT = ROOT / "experiments" / "browser"
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
 DONE = "from pathlib import Path; Path('{name}.done').touch()"
@@ -63,13 +63,14 @@ def workplace():
     with tempfile.TemporaryDirectory(prefix="bavq-browser-") as tmp:
         tmp = Path(tmp)
         shutil.copytree(ROOT / "results", tmp / "results")
-        (tmp / "nbs").mkdir()
-        for path in (ROOT / "nbs").glob("[0-9]*.ipynb"):
+        for path in (ROOT / "nbs").rglob("[0-9]*.ipynb"):
+            place = tmp / path.relative_to(ROOT)
+            place.parent.mkdir(parents=True, exist_ok=True)
             nb = nbformat.read(path, as_version=4)
             for c in nb.cells:
                 if c.cell_type == "code": c.outputs, c.execution_count = [], None
             nb.cells.append(nbformat.v4.new_code_cell(DONE.format(name=path.stem)))
-            nbformat.write(nb, tmp / "nbs" / path.name)
+            nbformat.write(nb, place)
         settings = {"lab/@jupyterlab/docmanager-extension/plugin.jupyterlab-settings": {"autosave": False},
                     "lab/@jupyterlab/notebook-extension/tracker.jupyterlab-settings": {"windowingMode": "none"},
                     "config/labconfig/page_config.json": {"disabledExtensions": {"@jupyterlab/apputils-extension:announcements": True}}}
@@ -111,7 +112,7 @@ def lab(tmp, token, port):
 
 
 def voila(tmp, port):
-    return [BIN / "voila", "nbs/22_explore.ipynb", "--no-browser", "--Voila.ip=127.0.0.1", f"--port={port}"]
+    return [BIN / "voila", "nbs/7_comparison/02_explore.ipynb", "--no-browser", "--Voila.ip=127.0.0.1", f"--port={port}"]
 
 
 # A reader
@@ -211,7 +212,7 @@ def wait_caption(page, box, holds, patience=240):
         page.wait_for_timeout(100)
 
 
-def explore_beta(page, times, prefix="22_explore"):
+def explore_beta(page, times, prefix="02_explore"):
     box = box_of(page, "rounds")
     look(page, f"{prefix}_beta_before", box)
     times["β, a step"] = move(page, box, "β", ["ArrowRight"] * 9)
@@ -275,8 +276,8 @@ def use_lab(browser, report, names, times, patience):
                 page = browser.new_page(viewport=dict(width=1400, height=1000))
                 ran = try_out(report, f"browser: {name}", run_all, page, url, token, name, tmp, patience)
                 page.locator(".jp-Notebook").evaluate("e => e.scrollTo(0, 0)") if ran else None
-                look(page, name)
-                if ran and name == "22_explore":
+                look(page, Path(name).name)
+                if ran and Path(name).name == "02_explore":
                     for part in explore_beta, explore_schedule, explore_sizes, explore_training: try_out(report, f"browser: {part.__name__}", part, page, times)
                 page.close()
                 end_kernels(url, token)
@@ -318,7 +319,7 @@ def run_browser(report, names=(), install=False, patience=240):
         if browser is None and install: fetch_chromium(); browser = start_chromium(p)
         if browser is None: return print("browser tests skipped: no Chromium (playwright install chromium, or name one in BAVQ_CHROMIUM)", flush=True)
         use_lab(browser, report, names or READ, times, patience)
-        if not names or "22_explore" in names: use_voila(browser, report, {}, patience)
+        if not names or "7_comparison/02_explore" in names: use_voila(browser, report, {}, patience)
         browser.close()
     (OUT / "times.json").write_text(json.dumps({k: round(v, 1) for k, v in times.items()}, indent=1, ensure_ascii=False) + "\n")
     print(f"screenshots: {OUT.relative_to(ROOT)}; milliseconds from key to picture: {', '.join(f'{k} {v:.0f}' for k, v in times.items())}", flush=True)

@@ -32,7 +32,16 @@ def settings():
     return ini["DEFAULT"]
 
 
-def notebooks(): return [p for p in sorted((ROOT / "nbs").glob("*.ipynb")) if p.name[0] not in "_."]
+def notebooks():
+    "Page of the site → notebook, `2_quantizers/01_base` → its file, in the order of the book."
+    paths = [p for p in sorted((ROOT / "nbs").rglob("*.ipynb")) if not any(q[0] in "_." for q in p.relative_to(ROOT).parts)]
+    return {p.relative_to(ROOT / "nbs").with_suffix("").as_posix(): p for p in paths}
+
+
+def module_of(nb):
+    "The module that a notebook makes, `quantizers.base`; nothing where it exports none."
+    found = re.search(r"^#\|\s*default_exp\s+(\S+)", "\n".join(c.source for c in nb.cells if c.cell_type == "code"), re.M)
+    return found and found[1]
 
 
 def title(nb): return re.search(r"^# (.+)$", nb.cells[0].source, re.M)[1]
@@ -94,8 +103,8 @@ def reference(chapters, places):
     "Page → text: one page for each module, and a list of them."
     pages, rows = {}, []
     for stem, nb in chapters.items():
-        if not (ROOT / f"bavq/{stem[3:]}.py").exists(): continue
-        name = f"bavq.{stem[3:]}"
+        if not (made := module_of(nb)): continue
+        name = f"bavq.{made}"
         entries = []
         for n, thing in public(importlib.import_module(name)):
             place = label(name, n)
@@ -104,9 +113,9 @@ def reference(chapters, places):
         if not entries: continue
         says = summary(nb)[:1].upper() + summary(nb)[1:]
         intro = f"# {name}\n\n{says}. Explained, pictured and tested in [{title(nb)}](../{stem}.ipynb).\n\n```{{py:module}} {name}\n```\n\n"
-        pages[f"api/{stem[3:]}.md"] = intro + "\n".join(entries)
-        rows.append(f"| [{name}]({stem[3:]}.md) | {summary(nb)} |")
-    toc = "```{toctree}\n:hidden:\n\n" + "\n".join(Path(p).stem for p in pages) + "\n```"
+        pages[f"api/{made}.md"] = intro + "\n".join(entries)
+        rows.append(f"| [{name}]({made}.md) | {summary(nb)} |")
+    toc = "```{toctree}\n:hidden:\n\n" + "\n".join(Path(p).name.removesuffix(".md") for p in pages) + "\n```"
     head = "# Reference\n\nEvery public class and function of the package, module by module; each links to the place where it is built.\n"
     pages["api/index.md"] = "\n".join([head, "| module | what it holds |", "|---|---|", *rows, "", toc, ""])
     return pages
@@ -120,18 +129,18 @@ def label(module, name): return f"{module}.{name}-{'class' if name[0].isupper() 
 def links(chapters):
     "What a word in backticks links to, where it is the name of one public object or of one chapter."
     found = {}
-    for stem in chapters:
-        found[stem] = f"[{stem}]({stem}.ipynb)"
-        if not (ROOT / f"bavq/{stem[3:]}.py").exists(): continue
-        module = importlib.import_module(f"bavq.{stem[3:]}")
+    for stem, nb in chapters.items():
+        found[Path(stem).name] = f"[{title(nb)}](/{stem}.ipynb)"
+        if not (made := module_of(nb)): continue
+        module = importlib.import_module(f"bavq.{made}")
         for name, _ in public(module):
             link = f"{{py:obj}}`{name} <{module.__name__}.{name}>`"
             found[name] = None if name in found else link
-            found[f"{stem[3:]}.{name}"] = found[f"bavq.{stem[3:]}.{name}"] = link
+            found[f"{made.split('.')[-1]}.{name}"] = found[f"bavq.{made}.{name}"] = link
     return {k: v for k, v in found.items() if v}
 
 
-def prose(text, table, cfg):
+def prose(text, table, cfg, home):
     "Markdown in which names are links, and links out of nbs/ lead to the repository."
     def named(part):
         seen = set()
@@ -143,9 +152,11 @@ def prose(text, table, cfg):
 
     def outward(m):
         if ".ipynb#" in m[2]: return m[1] + m[2].lower()  # Jupyter keeps the capitals of a heading, MyST does not
-        if re.match(r"[a-z][a-z+.-]*:|#", m[2], re.I) or not m[2].startswith("../"): return m[0]
-        kind = "tree" if (ROOT / m[2][3:]).is_dir() else "blob"
-        return f"{m[1]}{cfg['git_url']}/{kind}/{cfg['branch']}/{m[2][3:]}"
+        if re.match(r"[a-z][a-z+.-]*:|#|/", m[2], re.I): return m[0]
+        target = (home / m[2]).resolve()
+        if not target.is_relative_to(ROOT) or target.is_relative_to(ROOT / "nbs"): return m[0]
+        kind = "tree" if target.is_dir() else "blob"
+        return f"{m[1]}{cfg['git_url']}/{kind}/{cfg['branch']}/{target.relative_to(ROOT).as_posix()}"
 
     text = re.sub(r"^%", "&#37;", text, flags=re.M)  # to MyST a line that begins with % is a comment
     parts = CODE.split(text)
@@ -167,9 +178,9 @@ def chapter(path, table, cfg):
                 if c["cell_type"] == "code" and re.search(r"^#\|\s*exporti?s?\b", "".join(c["source"]), re.M)}
     raw = nb2str(NBProcessor(path, procs=[populate_language, hide_line, clean_magics, hide_, obey], process=True).nb)
     nb, cells = nbformat.reads(raw, as_version=4), []
-    module = f"bavq.{path.stem[3:]}"
+    module, home = f"bavq.{module_of(nb)}", path.parent
     for cell in nb.cells:
-        if cell.cell_type == "markdown": cell.source = prose(cell.source, table, cfg)
+        if cell.cell_type == "markdown": cell.source = prose(cell.source, table, cfg, home)
         if cell.cell_type == "code":
             told = [o.data["text/markdown"] for o in cell.outputs if "text/markdown" in o.get("data", {})]
             cell.outputs = [o for o in cell.outputs if "text/markdown" not in o.get("data", {})]
@@ -185,7 +196,7 @@ def chapter(path, table, cfg):
                 if targets: cells.append(new_markdown_cell("\n".join(targets), id=f"at-{cell.id}"))
             cell.metadata = {"tags": tags} | ({"mystnb": {"image": {"alt": alt}}} if alt else {})
             if cell.outputs or "remove-input" not in tags: cells.append(cell)
-            cells += [new_markdown_cell(prose(t, table, cfg), id=f"told-{i}-{cell.id}") for i, t in enumerate(told)]
+            cells += [new_markdown_cell(prose(t, table, cfg, home), id=f"told-{i}-{cell.id}") for i, t in enumerate(told)]
         else: cells.append(cell)
     nb.cells = cells
     nb.metadata = {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}, "language_info": {"name": "python"}}
@@ -194,19 +205,22 @@ def chapter(path, table, cfg):
 
 def contents(chapters):
     "The site's table of contents, for the end of its first page."
-    book = "\n".join(f"{stem[:2]}  {title(nb)} <{stem}>" if stem[:2].isdigit() else stem for stem, nb in chapters.items())
-    return f"```{{toctree}}\n:hidden:\n:caption: The book\n\n{book}\n```\n\n```{{toctree}}\n:hidden:\n:caption: The package\n\napi/index\n```"
+    parts = json.loads((ROOT / "nbs/parts.json").read_text(encoding="utf-8"))
+    def tree(caption, pages): return f"```{{toctree}}\n:hidden:\n:caption: {caption}\n\n" + "\n".join(pages) + "\n```"
+    book = [tree(name, [f"{title(nb)} <{stem}>" for stem, nb in chapters.items() if stem.startswith(f"{folder}/")]) for folder, (name, _) in parts.items()]
+    return "\n\n".join([*book, tree("The package", ["api/index"])])
 
 
 def write_source(folder, cfg):
     "Everything Sphinx reads, written into a folder of its own."
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "api").mkdir(parents=True)
-    stored = {p.stem: nbformat.read(p, as_version=4) for p in notebooks()}
+    stored = {stem: nbformat.read(p, as_version=4) for stem, p in notebooks().items()}
     chapters = {k: v for k, v in stored.items() if k != "index"}
     table, places = links(chapters), set()
     for stem in stored:
         nb = chapter(ROOT / f"nbs/{stem}.ipynb", table, cfg)
+        (folder / stem).parent.mkdir(parents=True, exist_ok=True)
         places |= {m for c in nb.cells for m in re.findall(r"^\((\S+)\)=$", c.source, re.M)}
         if stem == "index": nb.cells.append(new_markdown_cell(contents(chapters), id="contents"))
         nbformat.write(nb, folder / f"{stem}.ipynb")

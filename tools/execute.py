@@ -1,4 +1,4 @@
-"""Run notebooks in place, store their outputs small, and clean them: python tools/execute.py [05_quantizer …]
+"""Run notebooks in place, store their outputs small, and clean them: python tools/execute.py [01_base …]
 
 Without a name: all of them, in their order. A notebook that fails is left as it was."""
 import base64
@@ -18,12 +18,12 @@ NBS = ROOT / "nbs"
 
 
 def find(names):
-    "The notebooks of these names, `05_quantizer` or `nbs/05_quantizer.ipynb`; all where there are none."
-    if not names: return sorted(p for p in NBS.glob("*.ipynb") if p.name[0] not in "_.")
-    paths = [NBS / (Path(n).stem + ".ipynb") for n in names]
-    missing = [p.stem for p in paths if not p.exists()]
-    if missing: sys.exit(f"no notebook {', '.join(missing)} in nbs/: give names such as 05_quantizer")
-    return paths
+    "The notebooks of these names, `01_base` or `nbs/01_base.ipynb`; all where there are none."
+    found = {p.stem: p for p in sorted(NBS.rglob("*.ipynb")) if p.name[0] not in "_." and p.parent.name[0] != "."}
+    if not names: return [*found.values()]
+    missing = [n for n in names if Path(n).stem not in found]
+    if missing: sys.exit(f"no notebook {', '.join(missing)} in nbs/: give names such as 01_base")
+    return [found[Path(n).stem] for n in names]
 
 
 def shrink(nb, colours=128):
@@ -44,7 +44,7 @@ def drop_widgets(nb):
 def execute(path, timeout=600):
     "Run one notebook in a kernel of its own and write it back with its outputs."
     start, nb = time.monotonic(), nbformat.read(path, as_version=4)
-    client = NotebookClient(nb, timeout=timeout, kernel_name="python3", store_widget_state=False, resources={"metadata": {"path": str(NBS)}})
+    client = NotebookClient(nb, timeout=timeout, kernel_name="python3", store_widget_state=False, resources={"metadata": {"path": str(path.parent)}})
     try: client.execute()
     except (CellExecutionError, CellTimeoutError) as e: sys.exit(f"{e}\n{path.name} failed and was left as it was")
     drop_widgets(nb)

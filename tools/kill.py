@@ -26,12 +26,12 @@ import torch
 import torch._dynamo  # noqa: F401
 import tqdm.auto  # noqa: F401
 
-import bavq.core
-import bavq.prior_training
-import bavq.training
-from bavq.core import RunConfig, read_history, read_weights, write_json
-from bavq.experiments import environment, run
-from bavq.prior_training import Codes, PriorConfig, fit_prior
+import bavq.core.config
+import bavq.training.loop
+import bavq.training.prior_training
+from bavq.core.config import RunConfig, read_history, read_weights, write_json
+from bavq.training.experiments import environment, run
+from bavq.training.prior_training import Codes, PriorConfig, fit_prior
 
 PLACES = ["starting", "restoring", "training", "validating", "writing a checkpoint", "renaming a checkpoint", "after a checkpoint", "writing another file"]
 TINY = dict(codebook_size=16, embedding_dim=8, hidden_channels=8, residual_blocks=1, epochs=3, batch_size=16, checkpoint_every=1, lr=3e-3)
@@ -67,7 +67,7 @@ def work(name, folder, data):
     torch.set_num_threads(1)
     config = RUNS[name]
     if isinstance(config, PriorConfig): return fit_prior(config, codes(), folder, resume=True, progress=False)
-    return run(bavq.core.replace(config, name=folder.name, data=data), folder.parent, resume=True, progress=False)
+    return run(bavq.core.config.replace(config, name=folder.name, data=data), folder.parent, resume=True, progress=False)
 
 
 def mark(module, function, place, where, slow=0.0):
@@ -85,14 +85,14 @@ def mark(module, function, place, where, slow=0.0):
 
 def instrument(where, slow):
     "Say where the process is, write slowly, and write a checkpoint every few steps."
-    bavq.training.SAVE_EVERY = 0.01
-    for module in (bavq.training, bavq.prior_training):
+    bavq.training.loop.SAVE_EVERY = 0.01
+    for module in (bavq.training.loop, bavq.training.prior_training):
         mark(module, "save_checkpoint", 6, where)
         for function in ("write_json", "write_history", "write_weights"): mark(module, function, lambda now: 4 if now in (4, 6) else 7, where)
-    mark(bavq.training, "validate", 3, where); mark(bavq.prior_training, "bits_per_code", 3, where)
-    mark(bavq.training, "put_back", 1, where); mark(bavq.prior_training, "put_back", 1, where)
-    for module in (bavq.training, bavq.prior_training): mark(module, "rest_of_epoch", 2, where)
-    mark(bavq.core._Noted, "write", lambda now: now, where, slow)
+    mark(bavq.training.loop, "validate", 3, where); mark(bavq.training.prior_training, "bits_per_code", 3, where)
+    mark(bavq.training.loop, "put_back", 1, where); mark(bavq.training.prior_training, "put_back", 1, where)
+    for module in (bavq.training.loop, bavq.training.prior_training): mark(module, "rest_of_epoch", 2, where)
+    mark(bavq.core.config._Noted, "write", lambda now: now, where, slow)
     mark(os, "replace", lambda now: 5 if now == 4 else now, where, slow)
 
 
@@ -129,7 +129,7 @@ def strike(pid, where, rng, kill):
 
 def fresh(name, folder, data, rng, kill):
     "The same in a new interpreter, whose import of torch counts as starting."
-    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import kill; kill.bavq.training.SAVE_EVERY = 0.01; print('ready', flush=True); kill.work({name!r}, kill.Path({str(folder)!r}), {data!r})"
+    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import kill; kill.bavq.training.loop.SAVE_EVERY = 0.01; print('ready', flush=True); kill.work({name!r}, kill.Path({str(folder)!r}), {data!r})"
     child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
     assert child.stdout.readline() == "ready\n"
     try: child.wait(rng.uniform(0, kill)); return None

@@ -79,7 +79,7 @@ def build(root=ROOT):
 def first_figures(root=ROOT):
     "Name of the small picture → bytes of the first stored figure, for each notebook that has one."
     found = {}
-    for path in sorted((root / "nbs").glob("[0-9]*.ipynb")):
+    for path in sorted((root / "nbs").rglob("[0-9]*.ipynb")):
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
         figures = [o["data"]["image/png"] for c in cells for o in c.get("outputs", []) if "image/png" in o.get("data", {})]
         if figures: found[f"nbs/images/{path.stem}.png"] = base64.b64decode(figures[0])
