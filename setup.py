@@ -1,4 +1,5 @@
 """Package metadata, read from settings.ini."""
+
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -27,6 +28,9 @@ setup(
     install_requires=cfg["requirements"].split(),
     extras_require={k[: -len(suffix)]: v.split() for k, v in cfg.items() if k.endswith(suffix)},
     entry_points={"console_scripts": cfg["console_scripts"].split()},
-    classifiers=["Programming Language :: Python :: 3", "Topic :: Scientific/Engineering :: Artificial Intelligence"],
+    classifiers=[
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
     zip_safe=False,
 )

@@ -6,14 +6,43 @@ from bavq.core.config import BavqError, RunConfig
 from bavq.models.vqvae import VQVAE, VQVAE2
 from bavq.quantizers.adapters import as_vector_quantize
 from bavq.quantizers.ba_vq import BAQuantizer
-from bavq.quantizers.base import Quantized, Quantizer, VectorQuantizer, check_quantizer, make_quantizer, register_quantizer
+from bavq.quantizers.base import (
+    Quantized,
+    Quantizer,
+    VectorQuantizer,
+    check_quantizer,
+    make_quantizer,
+    register_quantizer,
+)
 from bavq.quantizers.composite import ProductQuantizer, ResidualQuantizer
 from bavq.quantizers.remedies import entropy_term, scheduled, with_losses
 from bavq.quantizers.searchless import FSQQuantizer, GumbelQuantizer
 from bavq.quantizers.vq_ema import VQEMAQuantizer
 from bavq.theory.metrics import compute_perplexity, compute_psnr, compute_usage_rate, dead_codes
 
-__all__ = ["BAQuantizer", "BavqError", "FSQQuantizer", "GumbelQuantizer", "ProductQuantizer", "Quantized", "Quantizer",
-           "ResidualQuantizer", "RunConfig", "VQEMAQuantizer", "VQVAE", "VQVAE2", "VectorQuantizer", "as_vector_quantize",
-           "check_quantizer", "compute_perplexity", "compute_psnr", "compute_usage_rate", "dead_codes", "entropy_term",
-           "make_quantizer", "register_quantizer", "scheduled", "with_losses"]
+__all__ = [
+    "BAQuantizer",
+    "BavqError",
+    "FSQQuantizer",
+    "GumbelQuantizer",
+    "ProductQuantizer",
+    "Quantized",
+    "Quantizer",
+    "ResidualQuantizer",
+    "RunConfig",
+    "VQEMAQuantizer",
+    "VQVAE",
+    "VQVAE2",
+    "VectorQuantizer",
+    "as_vector_quantize",
+    "check_quantizer",
+    "compute_perplexity",
+    "compute_psnr",
+    "compute_usage_rate",
+    "dead_codes",
+    "entropy_term",
+    "make_quantizer",
+    "register_quantizer",
+    "scheduled",
+    "with_losses",
+]

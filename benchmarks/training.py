@@ -9,6 +9,7 @@ quantizer of vector-quantize-pytorch, the package in bfloat16, and with BA-VQ. A
 an epoch each, so that a busy machine slows all alike: ratios are medians over rounds of one run. The losses of the first steps are compared, with the
 same random numbers; later, rounding puts a latent to another code, and runs slowly part. On one thread of a processor a second is one of processor
 time; on several threads, and on a GPU, one of the clock. Writes results/bench/training.json, on a GPU results/bench-cuda/training.json."""
+
 import argparse
 import itertools
 import json
@@ -31,44 +32,89 @@ from torchvision import datasets, transforms
 from bavq.core.config import RunConfig, set_seed, write_json
 from bavq.theory.sources import PHOTOS, get_dataloaders, photo_path
 from bavq.training.experiments import cores
-from bavq.quantizers.base import Quantized, from_rows, initialise, latent_rows, register_quantizer, squared_distances
+from bavq.quantizers.base import (
+    Quantized,
+    from_rows,
+    initialise,
+    latent_rows,
+    register_quantizer,
+    squared_distances,
+)
 from bavq.training.loop import build_model, loss_terms, make_accelerator, prepare, train_epoch
 from bavq.quantizers.vq_ema import VQEMAQuantizer, restart
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT, QUICK = "results/bench", "experiments/bench-quick"
-SMALL = RunConfig(quantizer="vq_ema", hidden_channels=16, embedding_dim=64, codebook_size=256, batch_size=64, lr=1e-3, train_size=1280)
+SMALL = RunConfig(
+    quantizer="vq_ema",
+    hidden_channels=16,
+    embedding_dim=64,
+    codebook_size=256,
+    batch_size=64,
+    lr=1e-3,
+    train_size=1280,
+)
 NETWORKS = dict(
-    tiny=replace(SMALL, hidden_channels=8, embedding_dim=8, residual_blocks=1, codebook_size=32), small=SMALL, study=replace(SMALL, codebook_size=512, batch_size=32),
+    tiny=replace(SMALL, hidden_channels=8, embedding_dim=8, residual_blocks=1, codebook_size=32),
+    small=SMALL,
+    study=replace(SMALL, codebook_size=512, batch_size=32),
     photographs=replace(SMALL, codebook_size=512, batch_size=32, image_size=64, train_size=640),
-    wide=replace(SMALL, hidden_channels=256, embedding_dim=256, codebook_size=512, batch_size=32, lr=3e-4, train_size=64))
+    wide=replace(
+        SMALL,
+        hidden_channels=256,
+        embedding_dim=256,
+        codebook_size=512,
+        batch_size=32,
+        lr=3e-4,
+        train_size=64,
+    ),
+)
 PLAIN, PEER, WORKERS = "straightforward", "straightforward, peer's", "straightforward, loader processes"
 OTHERS = PEER, "the package, bf16", "the package, BA-VQ"  # another quantizer or precision, so other losses
-STEPS, TOLERANCE = 10, 1e-4  # steps compared, and the largest relative difference of a loss that counts as rounding
+STEPS, TOLERANCE = (
+    10,
+    1e-4,
+)  # steps compared, and the largest relative difference of a loss that counts as rounding
 
 
 class Pictures:
     "Pictures opened with PIL one by one, in the order of a loader."
+
     def __init__(self, loader, items, workers=0):
         self.loader, order = loader, Order(loader)
-        self.data = DataLoader(items, batch_sampler=order, num_workers=workers, persistent_workers=workers > 0)
+        self.data = DataLoader(
+            items, batch_sampler=order, num_workers=workers, persistent_workers=workers > 0
+        )
 
     def __iter__(self):
-        for x, y in self.data: yield x.to(self.loader.device), y.to(self.loader.device)
+        for x, y in self.data:
+            yield x.to(self.loader.device), y.to(self.loader.device)
 
 
 class Order:
     "The batches of a loader's epoch, as lists of indices."
-    def __init__(self, loader): self.loader = loader
-    def __len__(self): return len(self.loader)
-    def __iter__(self): return (i.tolist() for i in self.loader.indices())
+
+    def __init__(self, loader):
+        self.loader = loader
+
+    def __len__(self):
+        return len(self.loader)
+
+    def __iter__(self):
+        return (i.tolist() for i in self.loader.indices())
 
 
 class InMemory:
     "Arrays that become PIL images when they are asked for, as torchvision's smaller data sets are."
-    def __init__(self, images): self.arrays, self.to_float = images.permute(0, 2, 3, 1).cpu().numpy(), to_float()
-    def __len__(self): return len(self.arrays)
-    def __getitem__(self, i): return self.to_float(Image.fromarray(self.arrays[i])), 0
+
+    def __init__(self, images):
+        self.arrays, self.to_float = images.permute(0, 2, 3, 1).cpu().numpy(), to_float()
+
+    def __len__(self):
+        return len(self.arrays)
+
+    def __getitem__(self, i):
+        return self.to_float(Image.fromarray(self.arrays[i])), 0
 
 
 def to_float(size=0):
@@ -79,12 +125,14 @@ def to_float(size=0):
 
 def write_files(config, root):
     "The training images of a configuration as PNG files in train/all; or photographs to resize, and the configuration that reads them."
-    for part in ("train", "test"): (root / part / "all").mkdir(parents=True)
+    for part in ("train", "test"):
+        (root / part / "all").mkdir(parents=True)
     if config.image_size:
         save_photographs(config.train_size, root)
         return replace(config, data=str(root))
     images = get_dataloaders(config.data, config.batch_size, train_size=config.train_size)[0].images
-    for i, x in enumerate(InMemory(images).arrays): Image.fromarray(x).save(root / "train/all" / f"{i:07d}.png")
+    for i, x in enumerate(InMemory(images).arrays):
+        Image.fromarray(x).save(root / "train/all" / f"{i:07d}.png")
     return config
 
 
@@ -102,22 +150,34 @@ def save_photographs(n, root):
 @register_quantizer("vq_ema_dense")
 class DenseVQEMA(VQEMAQuantizer):
     "VQ-EMA as most examples write it: a table of all distances, a one-hot matrix, and products with it."
+
     def forward(self, z):
         x, K = latent_rows(self, z), self.num_embeddings
-        if self.training and not self._ready: initialise(self, x.detach())
+        if self.training and not self._ready:
+            initialise(self, x.detach())
         index = squared_distances(x, self.codebook).argmin(1)
         one_hot = x.new_zeros(len(x), K).scatter_(1, index[:, None], 1)
         e = one_hot @ self.codebook
         losses, z_q = self.losses(x, e), self.estimate(x, e)
         if self.training:
-            with torch.no_grad(): self.book.absorb(one_hot.sum(0), one_hot.T @ x); restart(self.book, x, self.restart_below)
+            with torch.no_grad():
+                self.book.absorb(one_hot.sum(0), one_hot.T @ x)
+                restart(self.book, x, self.restart_below)
         p = one_hot.mean(0)
-        metrics = dict(code_indices=from_rows(index, z.shape), perplexity=torch.exp(-(p * (p + 1e-10).log()).sum()), usage_rate=(p > 0).float().mean())
+        metrics = dict(
+            code_indices=from_rows(index, z.shape),
+            perplexity=torch.exp(-(p * (p + 1e-10).log()).sum()),
+            usage_rate=(p > 0).float().mean(),
+        )
         return Quantized(from_rows(z_q, z.shape), losses, metrics)
 
 
-def fetch_each(losses): return {k: v.item() for k, v in losses.items()}
-def leave(losses): return {k: v.detach() for k, v in losses.items()}
+def fetch_each(losses):
+    return {k: v.item() for k, v in losses.items()}
+
+
+def leave(losses):
+    return {k: v.detach() for k, v in losses.items()}
 
 
 def plain_loop(config, loader, keep, fused=None, memory_format=torch.contiguous_format):
@@ -135,39 +195,68 @@ def plain_loop(config, loader, keep, fused=None, memory_format=torch.contiguous_
             optimizer.step()
             steps.append(keep(losses))
         return [float(s["loss"]) for s in steps]
+
     return epoch
 
 
 def own_loop(config):
     "`train_epoch` on what `prepare` makes, as in every run of the package; the loss averaged over the epoch."
     t = prepare(config)
-    return lambda data: [train_epoch(t.net, data, t.optimizer, clip_grad=config.clip_grad, accelerator=t.accelerator)["loss"]]
+    return lambda data: [
+        train_epoch(t.net, data, t.optimizer, clip_grad=config.clip_grad, accelerator=t.accelerator)["loss"]
+    ]
 
 
 def arms(config, loader, files):
     "What is timed, by name: the data, and the epoch."
     last, keep, read = dict(memory_format=torch.channels_last), dict(keep=leave), Pictures(loader, files)
-    by_clock = "cuda" in str(loader.device) or torch.get_num_threads() > 1   # only the clock sees the time of loader processes
+    by_clock = (
+        "cuda" in str(loader.device) or torch.get_num_threads() > 1
+    )  # only the clock sees the time of loader processes
     return {
-        PEER: (read, plain_loop(replace(config, quantizer="peer_vq", options={"gradient": "straight_through"}), loader, fetch_each)),
+        PEER: (
+            read,
+            plain_loop(
+                replace(config, quantizer="peer_vq", options={"gradient": "straight_through"}),
+                loader,
+                fetch_each,
+            ),
+        ),
         PLAIN: (read, plain_loop(replace(config, quantizer="vq_ema_dense"), loader, fetch_each)),
-        **({WORKERS: (Pictures(loader, files, cores()), plain_loop(replace(config, quantizer="vq_ema_dense"), loader, fetch_each))} if by_clock and config.image_size else {}),
+        **(
+            {
+                WORKERS: (
+                    Pictures(loader, files, cores()),
+                    plain_loop(replace(config, quantizer="vq_ema_dense"), loader, fetch_each),
+                )
+            }
+            if by_clock and config.image_size
+            else {}
+        ),
         "quantizer without tables": (read, plain_loop(config, loader, fetch_each)),
-        "pictures from memory": (Pictures(loader, InMemory(loader.images)), plain_loop(config, loader, fetch_each)),
+        "pictures from memory": (
+            Pictures(loader, InMemory(loader.images)),
+            plain_loop(config, loader, fetch_each),
+        ),
         "tensors from memory": (loader, plain_loop(config, loader, fetch_each)),
         "losses fetched once": (loader, plain_loop(config, loader, **keep)),
         "channels last": (loader, plain_loop(config, loader, **keep, **last)),
         "fused AdamW": (loader, plain_loop(config, loader, **keep, **last, fused=True)),
         "the package": (loader, own_loop(config)),
         "the package, bf16": (loader, own_loop(replace(config, precision="bf16"))),
-        "the package, BA-VQ": (loader, own_loop(replace(config, quantizer="ba_vq")))}
+        "the package, BA-VQ": (loader, own_loop(replace(config, quantizer="ba_vq"))),
+    }
 
 
 def timed(f, device):
     "Seconds."
     cuda = "cuda" in str(device)
-    wait, clock = torch.cuda.synchronize if cuda else (lambda: None), time.perf_counter if cuda or torch.get_num_threads() > 1 else time.process_time
-    wait(); start = clock()
+    wait, clock = (
+        torch.cuda.synchronize if cuda else (lambda: None),
+        time.perf_counter if cuda or torch.get_num_threads() > 1 else time.process_time,
+    )
+    wait()
+    start = clock()
     f()
     wait()
     return clock() - start
@@ -193,39 +282,69 @@ def compare_losses(losses):
 def measure(config, rounds, device, root):
     "One network, its pictures as files below `root`: the first steps of every arm, to compare them; then every arm in each round."
     config, data_seconds = write_files(config, root), {}
-    make = lambda: get_dataloaders(config.data, config.batch_size, train_size=config.train_size, image_size=config.image_size, device=device)[0]
-    if config.image_size: data_seconds["decoded once"] = [timed(make, device)]
+    make = lambda: get_dataloaders(
+        config.data,
+        config.batch_size,
+        train_size=config.train_size,
+        image_size=config.image_size,
+        device=device,
+    )[0]
+    if config.image_size:
+        data_seconds["decoded once"] = [timed(make, device)]
     loader, files = make(), datasets.ImageFolder(root / "train", to_float(config.image_size))
     todo, seconds, n = arms(config, loader, files), {}, len(loader) * config.batch_size
     read = {name: todo[name][0] for name in (PLAIN, "pictures from memory", "tensors from memory")}
     difference = compare_losses({name: first_steps(data, epoch) for name, (data, epoch) in todo.items()})
     for turn in range(rounds):
         loader.set_epoch(turn)
-        for name, (data, epoch) in todo.items(): seconds.setdefault(name, []).append(timed(lambda: epoch(data), device))
-        for name, data in read.items(): data_seconds.setdefault(name, []).append(timed(lambda: [None for _ in data], device))
+        for name, (data, epoch) in todo.items():
+            seconds.setdefault(name, []).append(timed(lambda: epoch(data), device))
+        for name, data in read.items():
+            data_seconds.setdefault(name, []).append(timed(lambda: [None for _ in data], device))
     plain = seconds[PLAIN]
     rows = []
     for name, s in seconds.items():
         ratios = [a / b for a, b in zip(plain, s)]
-        rows.append(dict(arm=name, images_per_second=round(n / statistics.median(s), 1), ratio=round(statistics.median(ratios), 3),
-                         ratio_range=[round(min(ratios), 3), round(max(ratios), 3)], loss_difference=float(f"{difference[name]:.1e}")))
+        rows.append(
+            dict(
+                arm=name,
+                images_per_second=round(n / statistics.median(s), 1),
+                ratio=round(statistics.median(ratios), 3),
+                ratio_range=[round(min(ratios), 3), round(max(ratios), 3)],
+                loss_difference=float(f"{difference[name]:.1e}"),
+            )
+        )
     keys = "quantizer", "hidden_channels", "embedding_dim", "codebook_size", "batch_size"
-    return dict(config={k: getattr(config, k) for k in keys}, steps=len(loader), rounds=rounds, threads=torch.get_num_threads(), arms=rows,
-                data_us_per_image={k: round(1e6 * statistics.median(s) / n, 2) for k, s in data_seconds.items()})
+    return dict(
+        config={k: getattr(config, k) for k in keys},
+        steps=len(loader),
+        rounds=rounds,
+        threads=torch.get_num_threads(),
+        arms=rows,
+        data_us_per_image={k: round(1e6 * statistics.median(s) / n, 2) for k, s in data_seconds.items()},
+    )
 
 
 def about(device):
     "What was measured, on what, with what."
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{device.type}, {platform.machine()}"
     packages = "torch", "torchvision", "accelerate", "pillow", "vector-quantize-pytorch"
-    return dict(device=name, steps_compared=STEPS, tolerance=TOLERANCE, versions={k: version(k) for k in packages})
+    return dict(
+        device=name, steps_compared=STEPS, tolerance=TOLERANCE, versions={k: version(k) for k in packages}
+    )
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--network", choices=NETWORKS, action="append", help="this network alone; may be given more than once")
+    parser.add_argument(
+        "--network", choices=NETWORKS, action="append", help="this network alone; may be given more than once"
+    )
     parser.add_argument("--rounds", type=int, default=7, help="epochs of each arm")
-    parser.add_argument("--quick", action="store_true", help="the smallest network, two rounds, written to experiments/bench-quick: to see that it works, not to quote")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="the smallest network, two rounds, written to experiments/bench-quick: to see that it works, not to quote",
+    )
     args = parser.parse_args()
     device = make_accelerator(SMALL).device
     path = ROOT / (QUICK if args.quick else OUT + "-cuda" * (device.type == "cuda")) / "training.json"
@@ -240,7 +359,10 @@ def main():
         write_json(path, found)
         print(f"{network}, threads: {threads}")
         for r in one["arms"]:
-            print(f"  {r['arm']:30s} {r['images_per_second']:9.1f} images/s  {r['ratio']:.2f}x  losses differ by {r['loss_difference']:.0e}")
+            print(
+                f"  {r['arm']:30s} {r['images_per_second']:9.1f} images/s  {r['ratio']:.2f}x  losses differ by {r['loss_difference']:.0e}"
+            )
 
 
-if __name__ == "__main__": main()
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,5 @@
 "What several test files share."
+
 import pytest
 import torch
 

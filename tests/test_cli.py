@@ -1,4 +1,5 @@
 "The command `bavq`: mistakes end with one line and exit code 2 and leave nothing behind."
+
 import json
 import os
 import subprocess
@@ -57,8 +58,10 @@ BAD = {
 def bavq(capsys, *args):
     "Exit code, stdout and stderr."
     code = 0
-    try: main(list(args))
-    except SystemExit as e: code = e.code or 0
+    try:
+        main(list(args))
+    except SystemExit as e:
+        code = e.code or 0
     said = capsys.readouterr()
     return code, said.out, said.err
 
@@ -83,7 +86,9 @@ def here(tmp_path, monkeypatch):
 def test_mistakes(args, here, capsys):
     before = sorted(p.name for p in here.rglob("*"))
     code, out, err = bavq(capsys, *args.split())
-    assert code == 2 and len(err.splitlines()) == 1 and err.startswith("bavq: ") and "Traceback" not in err, err
+    assert code == 2 and len(err.splitlines()) == 1 and err.startswith("bavq: ") and "Traceback" not in err, (
+        err
+    )
     assert BAD[args] in err, err
     assert sorted(p.name for p in here.rglob("*")) == before
 
@@ -101,7 +106,12 @@ def test_a_run_from_start_to_summary(here, capsys):
     code, out, err = bavq(capsys, *train)
     assert code == 0, err
     config = json.loads(Path("experiments/one/config.json").read_text())
-    assert (config["quantizer"], config["lr"], config["seed"], config["codebook_size"]) == ("vq_ema", 1e-3, 3, 8)
+    assert (config["quantizer"], config["lr"], config["seed"], config["codebook_size"]) == (
+        "vq_ema",
+        1e-3,
+        3,
+        8,
+    )
     code, _, err = bavq(capsys, *train)
     assert code == 2 and "there already: resume it" in err
     code, _, err = bavq(capsys, *train, "--resume", "--codebook-size", "16", "--no-wandb")
@@ -110,10 +120,13 @@ def test_a_run_from_start_to_summary(here, capsys):
     code, out, err = bavq(capsys, "evaluate", "experiments/one", "--judges", "", "--out", "judged")
     assert code == 0, err
     final = json.loads(Path("experiments/one/final_metrics.json").read_text())
-    assert json.loads(Path("judged/evaluation.json").read_text())["runs"]["one"]["metrics"]["psnr"] == pytest.approx(final["psnr"], abs=1e-3)
+    assert json.loads(Path("judged/evaluation.json").read_text())["runs"]["one"]["metrics"][
+        "psnr"
+    ] == pytest.approx(final["psnr"], abs=1e-3)
     code, out, _ = bavq(capsys, "summarise")
     assert code == 0 and "vq_ema" in out and f"{final['psnr']:.2f}" in out
-    with pytest.raises(ValueError): main([*train, "--debug"])
+    with pytest.raises(ValueError):
+        main([*train, "--debug"])
 
 
 PRIOR = "--kind maskgit --epochs 1 --channels 16 --layers 1 --batch_size 16".split()
@@ -124,7 +137,9 @@ def test_folders_that_hold_more_than_plain_runs(here, capsys):
     assert bavq(capsys, "train", "--name", "lr0.1", *TINY)[0] == 0
     assert bavq(capsys, "train", "--name", "two", "--levels", "2", *TINY)[0] == 0
     assert bavq(capsys, "prior", "train", "experiments/lr0.1", *PRIOR)[0] == 0
-    code, out, err = bavq(capsys, "evaluate", "experiments", "--judges", "", "--out", "judged", "--baseline", "lr0.1")
+    code, out, err = bavq(
+        capsys, "evaluate", "experiments", "--judges", "", "--out", "judged", "--baseline", "lr0.1"
+    )
     assert code == 0 and "two is left out: VQVAE2 has two levels" in out, err
     assert list(json.loads(Path("judged/evaluation.json").read_text())["runs"]) == ["lr0.1"]
     code, out, err = bavq(capsys, "evaluate", "experiments", "--judges", "", "--baseline", "lr0.2")
@@ -134,7 +149,7 @@ def test_folders_that_hold_more_than_plain_runs(here, capsys):
     code, _, err = bavq(capsys, "prior", "train", "experiments/lr0.1", "--name", "../../x", *PRIOR)
     assert code == 2 and "is one folder name" in err and not Path("experiments/x").exists()
     os.chdir("experiments/lr0.1/priors/maskgit")
-    code, _, err = bavq(capsys, "prior", "sample", ".", "--n", "1")   # a grid of 16 codes, and eight passes
+    code, _, err = bavq(capsys, "prior", "sample", ".", "--n", "1")  # a grid of 16 codes, and eight passes
     assert code == 0 and Path("samples.png").exists(), err
     code, _, err = bavq(capsys, "prior", "sample", ".", "--n", "0")
     assert code == 2 and "n is 0" in err
@@ -142,18 +157,33 @@ def test_folders_that_hold_more_than_plain_runs(here, capsys):
 
 def test_damaged_records_are_named(here, capsys):
     assert bavq(capsys, "train", "--name", "one", *TINY)[0] == 0
-    for name, text in (("config.json", "{}"), ("config.json", "[1]"), ("final_metrics.json", "{}"), ("final_metrics.json", "[]")):
+    for name, text in (
+        ("config.json", "{}"),
+        ("config.json", "[1]"),
+        ("final_metrics.json", "{}"),
+        ("final_metrics.json", "[]"),
+    ):
         path = Path("experiments/one") / name
         kept = path.read_text()
         path.write_text(text)
         code, out, err = bavq(capsys, "summarise", "experiments")
-        assert (code == 2 and len(err.splitlines()) == 1) or (code == 0 and text == "{}" and name == "config.json"), (name, text, err)
+        assert (code == 2 and len(err.splitlines()) == 1) or (
+            code == 0 and text == "{}" and name == "config.json"
+        ), (name, text, err)
         path.write_text(kept)
 
 
 def test_sweep_in_processes(here):
     "Two runs at a time in processes of their own; then the same command has nothing left to do."
-    base = RunConfig(data="images.npz", codebook_size=8, embedding_dim=4, hidden_channels=4, residual_blocks=0, epochs=1, batch_size=32)
+    base = RunConfig(
+        data="images.npz",
+        codebook_size=8,
+        embedding_dim=4,
+        hidden_channels=4,
+        residual_blocks=0,
+        epochs=1,
+        batch_size=32,
+    )
     configs = [base, replace(base, quantizer="vq_ema"), replace(base, name="bad", lr=1e30, epochs=2)]
     result = sweep(configs, "runs", record="results", jobs=2, progress=False)
     assert len(result.metrics) == 2 and "stopped in epoch 1" in result.failures["bad"]
@@ -170,14 +200,24 @@ def test_offline_tracking(here):
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert list(Path("experiments/tracked/wandb").glob("offline-run-*/*.wandb"))
-    assert sorted(p.name for p in here.iterdir()) == ["broken.yaml", "experiments", "images.npz", "key.yaml", "list.yaml"]
+    assert sorted(p.name for p in here.iterdir()) == [
+        "broken.yaml",
+        "experiments",
+        "images.npz",
+        "key.yaml",
+        "list.yaml",
+    ]
 
 
 def test_options_of_a_file_and_of_the_command_line_come_together(here):
     "Also where an option is called like a field, such as levels."
     Path("c.yaml").write_text("quantizer: residual\noptions: {levels: '4,4', decay: 0.95}\n")
     command = parse("train --config c.yaml --options decay 0.9 distance euclidean".split())
-    assert command.run.options == {"levels": "4,4", "decay": "0.9", "distance": "euclidean"} and command.run.quantizer == "residual"
+    assert (
+        command.run.options == {"levels": "4,4", "decay": "0.9", "distance": "euclidean"}
+        and command.run.quantizer == "residual"
+    )
     assert parse("train --config c.yaml".split()).run.options == {"levels": "4,4", "decay": "0.95"}
     Path("c.yaml").write_text("name: 2024-13-45\n")
-    with pytest.raises(BavqError, match="is not YAML"): parse("train --config c.yaml".split())
+    with pytest.raises(BavqError, match="is not YAML"):
+        parse("train --config c.yaml".split())

@@ -1,4 +1,5 @@
 "Several processes: two of them train as one, at every step; and workers do not outlive the sweep that started them."
+
 import json
 import os
 import signal
@@ -15,8 +16,22 @@ from bavq.core.config import RunConfig, only_writer
 from bavq.training.experiments import first_steps
 
 ROOT = Path(__file__).resolve().parent.parent
-ENV = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-TINY = dict(train_size=640, codebook_size=32, embedding_dim=8, hidden_channels=8, residual_blocks=1, epochs=1, batch_size=32, lr=3e-3, warmup_steps=2)
+ENV = os.environ | {
+    "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+    "OMP_NUM_THREADS": "1",
+    "ACCELERATE_USE_CPU": "true",
+}
+TINY = dict(
+    train_size=640,
+    codebook_size=32,
+    embedding_dim=8,
+    hidden_channels=8,
+    residual_blocks=1,
+    epochs=1,
+    batch_size=32,
+    lr=3e-3,
+    warmup_steps=2,
+)
 METHODS = "vq_ema", "ba_vq", "vq", "residual"
 STEPS = 20
 
@@ -24,14 +39,28 @@ STEPS = 20
 def save_steps(folder):
     "What one process of several does: the first steps of every method, in double precision, into a file of its own."
     for q in METHODS:
-        torch.save(first_steps(RunConfig(quantizer=q, **TINY), STEPS, torch.float64), folder / f"{q}-{os.environ['RANK']}.pt")
+        torch.save(
+            first_steps(RunConfig(quantizer=q, **TINY), STEPS, torch.float64),
+            folder / f"{q}-{os.environ['RANK']}.pt",
+        )
 
 
 @pytest.fixture(scope="module")
 def halves(tmp_path_factory):
     "Two processes, each with half of every batch."
     folder = tmp_path_factory.mktemp("halves")
-    launch = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__, str(folder)]
+    launch = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        __file__,
+        str(folder),
+    ]
     done = subprocess.run(launch, env=ENV, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     return folder
@@ -39,8 +68,13 @@ def halves(tmp_path_factory):
 
 def revived(states):
     "Was a code of VQ-EMA revived in these steps? Without revival they are others."
-    still = first_steps(RunConfig(quantizer="vq_ema", options={"restart_below": "0"}, **TINY), STEPS, torch.float64)
-    return any(not torch.allclose(a["quantizer.book.codes"], b["quantizer.book.codes"], atol=1e-3) for a, b in zip(states, still))
+    still = first_steps(
+        RunConfig(quantizer="vq_ema", options={"restart_below": "0"}, **TINY), STEPS, torch.float64
+    )
+    return any(
+        not torch.allclose(a["quantizer.book.codes"], b["quantizer.book.codes"], atol=1e-3)
+        for a, b in zip(states, still)
+    )
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -51,8 +85,12 @@ def test_two_processes_are_one_at_every_step(halves, one_thread, method):
     assert len(first) == len(whole) == STEPS
     for step, (a, b, w) in enumerate(zip(first, second, whole)):
         assert all(torch.equal(a[k], b[k]) for k in a), f"the processes differ after step {step + 1}"
-        for k in w: torch.testing.assert_close(a[k], w[k], rtol=1e-9, atol=1e-10, msg=lambda m: f"{k} after step {step + 1}: {m}")
-    if method == "vq_ema": assert revived(whole), "no code was revived in these steps: give more"
+        for k in w:
+            torch.testing.assert_close(
+                a[k], w[k], rtol=1e-9, atol=1e-10, msg=lambda m: f"{k} after step {step + 1}: {m}"
+            )
+    if method == "vq_ema":
+        assert revived(whole), "no code was revived in these steps: give more"
 
 
 TRAIN = "train --quantizer ba_vq --codebook-size 32 --embedding-dim 8 --hidden-channels 8 --residual-blocks 1 --train-size 640 --batch-size 32 --epochs 4 --warmup-steps 5"
@@ -60,9 +98,25 @@ TRAIN = "train --quantizer ba_vq --codebook-size 32 --embedding-dim 8 --hidden-c
 
 def two_processes(out):
     "`bavq train` as torchrun starts it; what it prints goes into out.log."
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--no-python", sys.executable, "-c", "from bavq.cli import main; main()"]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "--no-python",
+        sys.executable,
+        "-c",
+        "from bavq.cli import main; main()",
+    ]
     with open(f"{out}.log", "w") as log:
-        return subprocess.Popen([*launch, *TRAIN.split(), "--name", "run", "--resume", "--out", str(out)], env=ENV, stdout=log, stderr=subprocess.STDOUT)
+        return subprocess.Popen(
+            [*launch, *TRAIN.split(), "--name", "run", "--resume", "--out", str(out)],
+            env=ENV,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
 
 
 def test_several_processes_stop_together_and_go_on(tmp_path):
@@ -75,7 +129,11 @@ def test_several_processes_stop_together_and_go_on(tmp_path):
         assert process.poll() is None and time.time() < until, (tmp_path / "cut.log").read_text()
         time.sleep(0.01)
     process.terminate()
-    assert process.wait(300) != 0 and "goes on from there" in (tmp_path / "cut.log").read_text() and not (cut / "final_model.pt").exists()
+    assert (
+        process.wait(300) != 0
+        and "goes on from there" in (tmp_path / "cut.log").read_text()
+        and not (cut / "final_model.pt").exists()
+    )
     assert two_processes(tmp_path / "cut").wait(300) == 0
     whole, resumed = (torch.load(f / "final_model.pt") for f in (tmp_path / "whole" / "run", cut))
     assert all(torch.equal(whole[k], resumed[k]) for k in whole)
@@ -97,7 +155,18 @@ torch.save(model[1].codebook, f"{sys.argv[1]}/{torch.distributed.get_rank()}.pt"
 def test_codes_that_one_process_has_loaded(tmp_path):
     "The first process has codes, the other gets them with the buffers: none waits for the other to set them."
     (tmp_path / "go.py").write_text(LOADED)
-    launch = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(tmp_path / "go.py"), str(tmp_path)]
+    launch = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        str(tmp_path / "go.py"),
+        str(tmp_path),
+    ]
     done = subprocess.run(launch, env=ENV, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
     assert torch.equal(*(torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)))
@@ -132,14 +201,29 @@ torch.save(states, f"{sys.argv[1]}/{rank}.pt")
 def test_sequences_of_several_lengths_on_several_processes(tmp_path):
     "With a mask, each process has another number of latents: start, statistics and revival are those of one process that has them all."
     (tmp_path / "go.py").write_text(MASKED)
-    launch = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(tmp_path / "go.py"), str(tmp_path), "together"]
+    launch = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        str(tmp_path / "go.py"),
+        str(tmp_path),
+        "together",
+    ]
     for command in (launch, [sys.executable, str(tmp_path / "go.py"), str(tmp_path)]):
         done = subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr[-2000:]
     first, second, whole = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1, -1))
     for name in whole:
         assert all(torch.equal(first[name][k], second[name][k]) for k in first[name])
-        for k, v in whole[name].items(): torch.testing.assert_close(first[name][k], v, rtol=1e-9, atol=1e-10, msg=lambda m: f"{name}, {k}: {m}")
+        for k, v in whole[name].items():
+            torch.testing.assert_close(
+                first[name][k], v, rtol=1e-9, atol=1e-10, msg=lambda m: f"{name}, {k}: {m}"
+            )
 
 
 SWEEP = """
@@ -151,8 +235,16 @@ if __name__ == "__main__": sweep([RunConfig(name=q, quantizer=q, **{tiny}) for q
 
 def test_workers_end_with_their_sweep(tmp_path):
     "The process of a sweep is killed: its workers end too, and their folders are free."
-    (tmp_path / "go.py").write_text(SWEEP.format(tiny=TINY | dict(epochs=10_000, checkpoint_every=10_000), out=str(tmp_path / "runs")))
-    process = subprocess.Popen([sys.executable, str(tmp_path / "go.py")], env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    (tmp_path / "go.py").write_text(
+        SWEEP.format(tiny=TINY | dict(epochs=10_000, checkpoint_every=10_000), out=str(tmp_path / "runs"))
+    )
+    process = subprocess.Popen(
+        [sys.executable, str(tmp_path / "go.py")],
+        env=ENV,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     until = time.time() + 240
     while not all((tmp_path / "runs" / q / "history.jsonl").exists() for q in ("vq_ema", "ba_vq")):
         assert process.poll() is None and time.time() < until, process.communicate()[1]
@@ -164,7 +256,8 @@ def test_workers_end_with_their_sweep(tmp_path):
     _, alive = psutil.wait_procs(workers, timeout=60)
     assert not alive, [p.cmdline() for p in alive]
     for q in ("vq_ema", "ba_vq"):
-        with only_writer(tmp_path / "runs" / q): assert json.loads((tmp_path / "runs" / q / "config.json").read_text())["quantizer"] == q
+        with only_writer(tmp_path / "runs" / q):
+            assert json.loads((tmp_path / "runs" / q / "config.json").read_text())["quantizer"] == q
 
 
 if __name__ == "__main__":

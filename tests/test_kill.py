@@ -1,4 +1,5 @@
 "Killed anywhere and resumed, training ends where an undisturbed run does, to the bit: a dozen of the kills that tools/kill.py records."
+
 import sys
 from pathlib import Path
 
@@ -20,7 +21,9 @@ def one_thread():
 
 @pytest.mark.skipif(not hasattr(kill.os, "fork"), reason="needs fork")
 def test_a_dozen_kills():
-    record = kill.experiment(12, seed=1, names=("vq_ema", "gumbel", "maskgit", "ba_vq"), each=3, progress=False)
+    record = kill.experiment(
+        12, seed=1, names=("vq_ema", "gumbel", "maskgit", "ba_vq"), each=3, progress=False
+    )
     assert record["kills"] == 12 and not [r for r in record["rows"] if r["difference"]]
 
 

@@ -1,4 +1,5 @@
 "A sweep on a real cluster of two nodes, one of which is killed in the middle of a run."
+
 import runpy
 import shutil
 import sys
@@ -12,7 +13,15 @@ from bavq.theory.sources import cache_dir
 from bavq.training.experiments import Ray, as_task, collect, run, sweep
 
 ROOT = Path(__file__).resolve().parent.parent
-TINY = dict(train_size=320, codebook_size=16, embedding_dim=8, hidden_channels=8, residual_blocks=1, epochs=1, batch_size=32)
+TINY = dict(
+    train_size=320,
+    codebook_size=16,
+    embedding_dim=8,
+    hidden_channels=8,
+    residual_blocks=1,
+    epochs=1,
+    batch_size=32,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -33,7 +42,8 @@ def test_ray_is_an_extra(tmp_path, monkeypatch):
     "Without Ray the message says what to install; a finished run needs no cluster to be read."
     config = RunConfig(name="one", quantizer="vq_ema", **TINY)
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(BavqError, match=r"pip install 'bavq\[ray\]'"): sweep([config], tmp_path / "runs", progress=False, engine="ray")
+    with pytest.raises(BavqError, match=r"pip install 'bavq\[ray\]'"):
+        sweep([config], tmp_path / "runs", progress=False, engine="ray")
     assert not (tmp_path / "runs").exists()
     before = sweep([config], tmp_path / "runs", progress=False)
     assert sweep([config], tmp_path / "runs", progress=False, engine=Ray()) == before
@@ -46,9 +56,15 @@ def test_files_of_a_run_travel_where_no_folder_is_shared(tmp_path, monkeypatch):
     config, out = RunConfig(name="one", quantizer="vq_ema", **TINY), tmp_path / "runs"
     before = set((cache_dir() / "sweeps").glob("*"))
     sent = as_task(config, dict(out=out, record=None, progress=False), out / ".sweep-not-here", 1, Path.cwd())
-    for place in set((cache_dir() / "sweeps").glob("*")) - before: shutil.rmtree(place)
+    for place in set((cache_dir() / "sweeps").glob("*")) - before:
+        shutil.rmtree(place)
     assert not out.exists()
-    name, metrics, error = collect(SimpleNamespace(get=lambda ref: ref, exceptions=SimpleNamespace(RayError=OSError)), sent, out / "one", tmp_path / "records")
+    name, metrics, error = collect(
+        SimpleNamespace(get=lambda ref: ref, exceptions=SimpleNamespace(RayError=OSError)),
+        sent,
+        out / "one",
+        tmp_path / "records",
+    )
     assert (name, error) == ("one", "") and len(list((tmp_path / "records").iterdir())) == 1
     assert run(config, out, resume=True) == metrics
     assert sorted(p.name for p in (out / "one").iterdir() if p.name != ".lock") == sorted(sent[1])

@@ -1,6 +1,7 @@
 """Rules about the whole project: the order of the modules, what importing costs, and the habits of the notebooks.
 
 Every test lists all that breaks its rule and says what to do."""
+
 import ast
 import json
 import re
@@ -14,11 +15,17 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = [*json.loads((ROOT / "nbs/parts.json").read_text(encoding="utf-8"))]  # in the order of the book
-PATHS = {p.relative_to(ROOT / "nbs").with_suffix("").as_posix(): p for p in sorted((ROOT / "nbs").rglob("*.ipynb"))
-         if not any(q[0] in "_." for q in p.relative_to(ROOT).parts)}
+PATHS = {
+    p.relative_to(ROOT / "nbs").with_suffix("").as_posix(): p
+    for p in sorted((ROOT / "nbs").rglob("*.ipynb"))
+    if not any(q[0] in "_." for q in p.relative_to(ROOT).parts)
+}
 NOTEBOOKS = {n: json.loads(p.read_text(encoding="utf-8")) for n, p in PATHS.items()}
-MODULES = {".".join(p.relative_to(ROOT / "bavq").with_suffix("").parts): ast.parse(p.read_text(encoding="utf-8"))
-           for p in sorted((ROOT / "bavq").rglob("*.py")) if p.name[0] != "_"}
+MODULES = {
+    ".".join(p.relative_to(ROOT / "bavq").with_suffix("").parts): ast.parse(p.read_text(encoding="utf-8"))
+    for p in sorted((ROOT / "bavq").rglob("*.py"))
+    if p.name[0] != "_"
+}
 
 
 def place(notebook):
@@ -38,7 +45,8 @@ PLACE = {module_name(n): place(n) for n in NOTEBOOKS if n != "index"}
 
 def none(problems):
     "Fail with one line for each problem."
-    if problems := list(problems): pytest.fail("\n".join(f"- {p}" for p in problems), pytrace=False)
+    if problems := list(problems):
+        pytest.fail("\n".join(f"- {p}" for p in problems), pytrace=False)
 
 
 def code_cells(only_exported=False):
@@ -46,7 +54,8 @@ def code_cells(only_exported=False):
     for name, nb in NOTEBOOKS.items():
         for i, c in enumerate(nb["cells"]):
             source = "".join(c["source"])
-            if c["cell_type"] == "code" and source.strip() and (not only_exported or exported(source)): yield name, i, source, c
+            if c["cell_type"] == "code" and source.strip() and (not only_exported or exported(source)):
+                yield name, i, source, c
 
 
 def directive(name, source):
@@ -54,51 +63,80 @@ def directive(name, source):
     return found and found[1].strip()
 
 
-def exported(source): return directive("exporti?s?", source) is not None
+def exported(source):
+    return directive("exporti?s?", source) is not None
 
 
-def body(source): return [line for line in source.splitlines() if line.strip() and not line.startswith("#|")]
+def body(source):
+    return [line for line in source.splitlines() if line.strip() and not line.startswith("#|")]
 
 
 def statements(source):
     "The statements of a cell; none where it holds a magic or a shell command."
-    try: return ast.parse(source).body
-    except SyntaxError: return []
+    try:
+        return ast.parse(source).body
+    except SyntaxError:
+        return []
 
 
-def canonical(distribution): return re.sub(r"[-_.]+", "-", distribution).lower()
+def canonical(distribution):
+    return re.sub(r"[-_.]+", "-", distribution).lower()
 
 
 def imports(tree, module="part.module"):
     "(name, line) of everything imported anywhere in a module, also inside functions: `from a.b import c` gives a.b and a.b.c."
     for node in ast.walk(tree):
-        if isinstance(node, ast.Import): yield from ((a.name, node.lineno) for a in node.names)
+        if isinstance(node, ast.Import):
+            yield from ((a.name, node.lineno) for a in node.names)
         elif isinstance(node, ast.ImportFrom):
             here = ["bavq", *module.split(".")]  # nbdev writes bavq.a.b as .b or ..a.b
-            base = ".".join(here[:len(here) - node.level] * bool(node.level) + [node.module] * bool(node.module))
+            base = ".".join(
+                here[: len(here) - node.level] * bool(node.level) + [node.module] * bool(node.module)
+            )
             yield base, node.lineno
             yield from ((f"{base}.{a.name}", node.lineno) for a in node.names)
 
 
-def imported(top): return [f"bavq/{m}.py line {line}" for m, tree in MODULES.items() for name, line in imports(tree, m) if name.split(".")[0] == top]
+def imported(top):
+    return [
+        f"bavq/{m}.py line {line}"
+        for m, tree in MODULES.items()
+        for name, line in imports(tree, m)
+        if name.split(".")[0] == top
+    ]
 
 
 # The modules
 
+
 def test_one_notebook_one_module():
     exports = {n: [] for n in NOTEBOOKS}
     for n, _, source, _ in code_cells():
-        if d := directive("default_exp", source): exports[n].append(d)
-    wrong = [f"{n}: its code goes to {d}; write `#| default_exp {module_name(n)}`, once" for n, d in exports.items() if d and d != [module_name(n)]]
+        if d := directive("default_exp", source):
+            exports[n].append(d)
+    wrong = [
+        f"{n}: its code goes to {d}; write `#| default_exp {module_name(n)}`, once"
+        for n, d in exports.items()
+        if d and d != [module_name(n)]
+    ]
     homeless = {n for n, *_ in code_cells(only_exported=True) if not exports[n]}
     wrong += [f"{n}: exports code but has no `#| default_exp {module_name(n)}`" for n in sorted(homeless)]
     made = {d for ds in exports.values() for d in ds}
-    wrong += [f"bavq/{m}.py has no notebook: delete it, or bring its notebook back" for m in sorted(MODULES.keys() - made)]
+    wrong += [
+        f"bavq/{m}.py has no notebook: delete it, or bring its notebook back"
+        for m in sorted(MODULES.keys() - made)
+    ]
     wrong += [f"bavq/{m}.py is missing: run `make export`" for m in sorted(made - MODULES.keys())]
     places = list(PLACE.values())
-    wrong += [f"two notebooks of {PARTS[p]} have the number {k:02d}: give one another" for p, k in sorted({k for k in places if places.count(k) > 1})]
+    wrong += [
+        f"two notebooks of {PARTS[p]} have the number {k:02d}: give one another"
+        for p, k in sorted({k for k in places if places.count(k) > 1})
+    ]
     names = [m.rpartition(".")[2] for m in PLACE]
-    wrong += [f"two notebooks are called {n}: links go by name; give one another" for n in sorted({n for n in names if names.count(n) > 1})]
+    wrong += [
+        f"two notebooks are called {n}: links go by name; give one another"
+        for n in sorted({n for n in names if names.count(n) > 1})
+    ]
     none(wrong)
 
 
@@ -108,10 +146,18 @@ def test_every_import_points_to_an_earlier_notebook():
     for module, tree in MODULES.items():
         for name, line in imports(tree, module):  # also inside functions
             where = f"bavq/{module.replace('.', '/')}.py line {line} imports {name}"
-            if name == "bavq": wrong.append(f"{where}: import from the module that defines it")
-            elif name.endswith(".*"): wrong.append(f"{where}: name what you import")
-            elif (m := re.match(r"bavq\.(\w+\.\w+|\w+)", name)) and m[1] in MODULES and not PLACE[m[1]] < PLACE[module]:
-                wrong.append(f"{where}: only earlier notebooks may be imported; move the code, or register it from the later notebook")
+            if name == "bavq":
+                wrong.append(f"{where}: import from the module that defines it")
+            elif name.endswith(".*"):
+                wrong.append(f"{where}: name what you import")
+            elif (
+                (m := re.match(r"bavq\.(\w+\.\w+|\w+)", name))
+                and m[1] in MODULES
+                and not PLACE[m[1]] < PLACE[module]
+            ):
+                wrong.append(
+                    f"{where}: only earlier notebooks may be imported; move the code, or register it from the later notebook"
+                )
     none(sorted(set(wrong)))
 
 
@@ -121,7 +167,13 @@ def test_package_needs_no_authoring_tool(tool):
 
 
 def test_only_plots_imports_matplotlib():
-    none([f"{w} imports matplotlib: use bavq.core.plots" for w in imported("matplotlib") if not w.startswith("bavq/core.plots.py")])
+    none(
+        [
+            f"{w} imports matplotlib: use bavq.core.plots"
+            for w in imported("matplotlib")
+            if not w.startswith("bavq/core.plots.py")
+        ]
+    )
 
 
 def test_import_bavq_is_light():
@@ -129,14 +181,23 @@ def test_import_bavq_is_light():
     code = f"import sys, json, bavq; print(json.dumps([m for m in {heavy!r} if m in sys.modules]))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    none([f"`import bavq` imports {m}: import it inside the function that uses it" for m in json.loads(done.stdout)])
+    none(
+        [
+            f"`import bavq` imports {m}: import it inside the function that uses it"
+            for m in json.loads(done.stdout)
+        ]
+    )
 
 
 def test_requirements_cover_every_import():
     "The package runs with `requirements` (optional libraries, with their extra), the notebooks with their extra beside it."
     ini = ConfigParser(delimiters=["="], interpolation=None)
     ini.read(ROOT / "settings.ini", encoding="utf-8")
-    required = {k: {canonical(re.match(r"[\w.-]+", r)[0]) for r in v.split()} for k, v in ini["DEFAULT"].items() if k.endswith("requirements")}
+    required = {
+        k: {canonical(re.match(r"[\w.-]+", r)[0]) for r in v.split()}
+        for k, v in ini["DEFAULT"].items()
+        if k.endswith("requirements")
+    }
     owners = packages_distributions()
 
     def foreign(tree, *sets):
@@ -144,47 +205,99 @@ def test_requirements_cover_every_import():
         tops = {name.split(".")[0] for name, _ in imports(tree)} - set(sys.stdlib_module_names) - {"bavq"}
         return sorted(t for t in tops if not known & {canonical(d) for d in owners.get(t, [t])})
 
-    base, reader = ["requirements", "wandb_requirements", "ray_requirements"], ["requirements", "notebooks_requirements"]
-    wrong = {f"bavq/{m}.py imports {t}: add it to requirements in settings.ini" for m, tree in MODULES.items() for t in foreign(tree, *base)}
+    base, reader = (
+        ["requirements", "wandb_requirements", "ray_requirements"],
+        ["requirements", "notebooks_requirements"],
+    )
+    wrong = {
+        f"bavq/{m}.py imports {t}: add it to requirements in settings.ini"
+        for m, tree in MODULES.items()
+        for t in foreign(tree, *base)
+    }
     for n, i, source, _ in code_cells():
         tree = ast.Module(statements(source), [])
         if not exported(source):
-            wrong |= {f"{n} cell {i} imports {t}: add it to notebooks_requirements in settings.ini" for t in foreign(tree, *reader) if t != "IPython"}
+            wrong |= {
+                f"{n} cell {i} imports {t}: add it to notebooks_requirements in settings.ini"
+                for t in foreign(tree, *reader)
+                if t != "IPython"
+            }
     none(sorted(wrong))
 
 
 # The notebooks
 
+
 def test_exported_cells_are_short():
-    none([f"{n} cell {i}: {len(body(s))} exported lines; split it, 40 at most" for n, i, s, _ in code_cells(only_exported=True) if len(body(s)) > 40])
+    none(
+        [
+            f"{n} cell {i}: {len(body(s))} exported lines; split it, 40 at most"
+            for n, i, s, _ in code_cells(only_exported=True)
+            if len(body(s)) > 40
+        ]
+    )
 
 
 def test_notebooks_export_little():
     lines = dict.fromkeys(NOTEBOOKS, 0)
     for n, _, source, _ in code_cells(only_exported=True):
-        if not all(isinstance(s, (ast.Import, ast.ImportFrom)) for s in statements(source)): lines[n] += len(body(source))
-    none([f"{n}: {k} exported lines beside imports; 300 at most, make two notebooks of one idea each" for n, k in lines.items() if k > 300])
+        if not all(isinstance(s, (ast.Import, ast.ImportFrom)) for s in statements(source)):
+            lines[n] += len(body(source))
+    none(
+        [
+            f"{n}: {k} exported lines beside imports; 300 at most, make two notebooks of one idea each"
+            for n, k in lines.items()
+            if k > 300
+        ]
+    )
 
 
 def test_imports_stand_alone():
     wrong = []
     for n, i, source, _ in code_cells():
         kinds = {isinstance(s, (ast.Import, ast.ImportFrom)) for s in statements(source)}
-        if kinds == {True, False} and "nbdev_export" not in source: wrong.append(f"{n} cell {i}: imports and other code; make two cells")
+        if kinds == {True, False} and "nbdev_export" not in source:
+            wrong.append(f"{n} cell {i}: imports and other code; make two cells")
     none(wrong)
 
 
 def test_notebooks_are_executed():
     "As far as it can be seen without running: a last line that is a value has an output, and a notebook that runs anything shows something."
-    shows = ast.Name, ast.Attribute, ast.Subscript, ast.BinOp, ast.Compare, ast.Tuple, ast.List, ast.Dict, ast.Constant, ast.JoinedStr, ast.ListComp
+    shows = (
+        ast.Name,
+        ast.Attribute,
+        ast.Subscript,
+        ast.BinOp,
+        ast.Compare,
+        ast.Tuple,
+        ast.List,
+        ast.Dict,
+        ast.Constant,
+        ast.JoinedStr,
+        ast.ListComp,
+    )
     wrong, alive = [], set()
     for n, i, source, cell in code_cells():
-        if cell["outputs"]: alive.add(n)
-        if exported(source) or (directive("eval", source) or "").lower() == "false" or source.rstrip().endswith(";"): continue
+        if cell["outputs"]:
+            alive.add(n)
+        if (
+            exported(source)
+            or (directive("eval", source) or "").lower() == "false"
+            or source.rstrip().endswith(";")
+        ):
+            continue
         last = (statements(source) or [None])[-1]
-        if isinstance(last, ast.Expr) and isinstance(last.value, shows) and not cell["outputs"] and ast.unparse(last) != "None":
+        if (
+            isinstance(last, ast.Expr)
+            and isinstance(last.value, shows)
+            and not cell["outputs"]
+            and ast.unparse(last) != "None"
+        ):
             wrong.append(f"{n} cell {i}: `{ast.unparse(last)[:60]}` shows nothing; run `make execute NB={n}`")
-    wrong += [f"{n}: no cell has an output; run `make execute NB={n}`" for n in sorted({c[0] for c in code_cells()} - alive)]
+    wrong += [
+        f"{n}: no cell has an output; run `make execute NB={n}`"
+        for n in sorted({c[0] for c in code_cells()} - alive)
+    ]
     none(wrong)
 
 
@@ -192,10 +305,17 @@ def test_figures_are_described():
     "For those who cannot see them: the site and the README show the description in the figure's place."
     wrong = []
     for n, i, source, cell in code_cells():
-        if not any(kind.startswith("image/") for out in cell["outputs"] for kind in out.get("data", {})): continue
+        if not any(kind.startswith("image/") for out in cell["outputs"] for kind in out.get("data", {})):
+            continue
         says = (directive("fig-alt", source) or "").strip("\"'")
-        if not says: wrong.append(f"{n} cell {i}: a figure without a description; say what it shows in a line `#| fig-alt: …`")
-        elif len(says) < 30: wrong.append(f"{n} cell {i}: `{says}` describes little; say what is drawn and what there is to see")
+        if not says:
+            wrong.append(
+                f"{n} cell {i}: a figure without a description; say what it shows in a line `#| fig-alt: …`"
+            )
+        elif len(says) < 30:
+            wrong.append(
+                f"{n} cell {i}: `{says}` describes little; say what is drawn and what there is to see"
+            )
     none(wrong)
 
 
@@ -204,23 +324,42 @@ def test_readme_shows_every_notebook():
     text, wrong = (ROOT / "README.md").read_text(encoding="utf-8"), []
     for n, nb in NOTEBOOKS.items():
         head = "".join(nb["cells"][0]["source"])
-        if not (found := re.search(r"^# (.+)\n+> (.+)", head)): wrong.append(f"{n}: begin with `# Title`, an empty line, and `> its one idea`")
+        if not (found := re.search(r"^# (.+)\n+> (.+)", head)):
+            wrong.append(f"{n}: begin with `# Title`, an empty line, and `> its one idea`")
         elif n != "index" and not (f"(nbs/{n}.ipynb)" in text and found[2] in text):
-            wrong.append(f"{n} is not in README.md under this title and idea: run `make execute NB=index`, then `make readme`")
+            wrong.append(
+                f"{n} is not in README.md under this title and idea: run `make execute NB=index`, then `make readme`"
+            )
     none(wrong)
 
 
 def test_ruff_finds_nothing():
     "Rules in pyproject.toml, over notebooks, tools and tests."
-    done = subprocess.run([sys.executable, "-m", "ruff", "check", "--no-cache", "--quiet", "--output-format", "concise"], cwd=ROOT, capture_output=True, text=True)
-    none(f"{line}; `.venv/bin/ruff check` says more" for line in (done.stdout + done.stderr).splitlines() if ":" in line)
+    done = subprocess.run(
+        [sys.executable, "-m", "ruff", "check", "--no-cache", "--quiet", "--output-format", "concise"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    none(
+        f"{line}; `.venv/bin/ruff check` says more"
+        for line in (done.stdout + done.stderr).splitlines()
+        if ":" in line
+    )
 
 
 def test_outputs_are_fit_to_store():
-    wrong = [f"{n}: widget state is stored; run `make execute NB={n}`" for n, nb in NOTEBOOKS.items() if "widgets" in nb["metadata"]]
+    wrong = [
+        f"{n}: widget state is stored; run `make execute NB={n}`"
+        for n, nb in NOTEBOOKS.items()
+        if "widgets" in nb["metadata"]
+    ]
     for n, i, _, cell in code_cells():
         for out in cell["outputs"]:
-            if out["output_type"] == "error": wrong.append(f"{n} cell {i}: a stored {out['ename']}; mend the cell, show an error with test_fail")
+            if out["output_type"] == "error":
+                wrong.append(
+                    f"{n} cell {i}: a stored {out['ename']}; mend the cell, show an error with test_fail"
+                )
             if any("widget-view" in kind for kind in out.get("data", {})):
                 wrong.append(f"{n} cell {i}: a stored widget; show a figure, or pass progress=False")
     none(wrong)
@@ -228,8 +367,12 @@ def test_outputs_are_fit_to_store():
 
 def test_notebooks_are_small():
     size = {n: p.stat().st_size / 1024 for n, p in PATHS.items()}
-    wrong = [f"{n}: {kb:.0f} KB; fewer or smaller figures, 150 KB at most" for n, kb in size.items() if kb > 150]
-    none(wrong + [f"all notebooks: {sum(size.values()):.0f} KB, 3072 KB at most"] * (sum(size.values()) > 3072))
+    wrong = [
+        f"{n}: {kb:.0f} KB; fewer or smaller figures, 150 KB at most" for n, kb in size.items() if kb > 150
+    ]
+    none(
+        wrong + [f"all notebooks: {sum(size.values()):.0f} KB, 3072 KB at most"] * (sum(size.values()) > 3072)
+    )
 
 
 def test_no_paths_of_one_machine():
@@ -239,33 +382,60 @@ def test_no_paths_of_one_machine():
         for i, c in enumerate(nb["cells"]):
             texts = ["".join(c["source"])]
             for out in c.get("outputs", []):
-                texts += ["".join(out.get("text", ""))] + ["".join(v) for k, v in out.get("data", {}).items() if k.startswith("text/")]
-            wrong += [f"{n} cell {i}: {m[0]}; show a relative path or a file's name" for t in texts for m in path.finditer(t)]
+                texts += ["".join(out.get("text", ""))] + [
+                    "".join(v) for k, v in out.get("data", {}).items() if k.startswith("text/")
+                ]
+            wrong += [
+                f"{n} cell {i}: {m[0]}; show a relative path or a file's name"
+                for t in texts
+                for m in path.finditer(t)
+            ]
     none(wrong)
 
 
 # What is in git
 
+
 def tracked():
     "The files that are in git or would be with `git add .`; none outside a repository."
-    done = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     return sorted(p for name in set(done.stdout.split("\0")) if name and (p := ROOT / name).is_file())
 
 
 def test_no_checkpoints_in_git():
     model = {".pt", ".pth", ".ckpt", ".safetensors", ".pkl", ".onnx"}
-    none([f"{p.relative_to(ROOT)}: keep weights out of git, in experiments/" for p in tracked() if p.suffix in model]
-         + [f"{p.relative_to(ROOT)}: {p.stat().st_size / 2**20:.1f} MB; nothing in git over 1 MB" for p in tracked() if p.stat().st_size > 2**20])
+    none(
+        [
+            f"{p.relative_to(ROOT)}: keep weights out of git, in experiments/"
+            for p in tracked()
+            if p.suffix in model
+        ]
+        + [
+            f"{p.relative_to(ROOT)}: {p.stat().st_size / 2**20:.1f} MB; nothing in git over 1 MB"
+            for p in tracked()
+            if p.stat().st_size > 2**20
+        ]
+    )
 
 
 def test_results_are_small_json():
     wrong = []
     for p in tracked():
         name, kb = p.relative_to(ROOT), p.stat().st_size / 1024
-        if name.parts[0] != "results" or p.name == "README.md": continue
-        if p.suffix != ".json": wrong.append(f"{name}: results/ holds .json files only")
-        elif kb > 100: wrong.append(f"{name}: {kb:.0f} KB; 100 KB at most, thin out the curve")
+        if name.parts[0] != "results" or p.name == "README.md":
+            continue
+        if p.suffix != ".json":
+            wrong.append(f"{name}: results/ holds .json files only")
+        elif kb > 100:
+            wrong.append(f"{name}: {kb:.0f} KB; 100 KB at most, thin out the curve")
         else:
-            try: json.loads(p.read_text(encoding="utf-8"))
-            except ValueError as e: wrong.append(f"{name}: not JSON ({e}); record the run again")
+            try:
+                json.loads(p.read_text(encoding="utf-8"))
+            except ValueError as e:
+                wrong.append(f"{name}: not JSON ({e}); record the run again")
     none(wrong)

@@ -4,6 +4,7 @@ Works in a copy of nbs/ and results/ whose outputs are removed. Every cell must 
 is moved with the keyboard: the picture must change. Screenshots and times go to experiments/browser/. Needs Chromium: Playwright's, the
 system's, or the one that BAVQ_CHROMIUM names; with --install it is fetched where that is possible. Without one, a line says so.
 The last line reads `N passed, N failed`; the exit status is 1 where anything failed."""
+
 import argparse
 import json
 import os
@@ -24,25 +25,47 @@ from pathlib import Path
 import nbformat
 from gate import BIN, ENV, ROOT, Report
 
-READ = ["6_studies/01_linear_lab", "1_theory/01_tutorial", "7_comparison/01_compare", "6_studies/03_variants", "7_comparison/02_explore"]
+READ = [
+    "6_studies/01_linear_lab",
+    "1_theory/01_tutorial",
+    "7_comparison/01_compare",
+    "6_studies/03_variants",
+    "7_comparison/02_explore",
+]
 OUT = ROOT / "experiments" / "browser"
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 DONE = "from pathlib import Path; Path('{name}.done').touch()"
 ERROR = '.jp-OutputArea-output[data-mime-type="application/vnd.jupyter.error"], .jp-RenderedText[data-mime-type="application/vnd.jupyter.error"]'
 
 
 # The browser
 
+
 def candidates(playwright):
     "Where a Chromium may be."
     named = os.environ.get("BAVQ_CHROMIUM"), playwright.chromium.executable_path
-    return [p for p in (*named, *map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))) if p and Path(p).exists()]
+    return [
+        p
+        for p in (*named, *map(shutil.which, ("chromium", "chromium-browser", "google-chrome")))
+        if p and Path(p).exists()
+    ]
 
 
 def start_chromium(playwright):
     "A browser, or None where there is none that starts."
     for path in candidates(playwright):
-        with suppress(Exception): return playwright.chromium.launch(executable_path=path, args=FLAGS)  # a missing library, a wrong architecture, …
+        with suppress(Exception):
+            return playwright.chromium.launch(
+                executable_path=path, args=FLAGS
+            )  # a missing library, a wrong architecture, …
     return None
 
 
@@ -50,12 +73,22 @@ def fetch_chromium():
     "Try to install Chromium: Playwright's own; else, as root on Debian and its kin, the distribution's."
     commands = [[sys.executable, "-m", "playwright", "install", "chromium"]]
     if shutil.which("apt-get") and getattr(os, "geteuid", lambda: 1)() == 0:
-        commands += [["apt-get", "update", "-qq"], ["apt-get", "install", "-y", "-qq", "--no-install-recommends", "chromium"]]
+        commands += [
+            ["apt-get", "update", "-qq"],
+            ["apt-get", "install", "-y", "-qq", "--no-install-recommends", "chromium"],
+        ]
     for command in commands:
-        with suppress(subprocess.TimeoutExpired, OSError): subprocess.run(command, capture_output=True, timeout=300, env=os.environ | dict(DEBIAN_FRONTEND="noninteractive"))
+        with suppress(subprocess.TimeoutExpired, OSError):
+            subprocess.run(
+                command,
+                capture_output=True,
+                timeout=300,
+                env=os.environ | dict(DEBIAN_FRONTEND="noninteractive"),
+            )
 
 
 # The servers
+
 
 @contextmanager
 def workplace():
@@ -68,12 +101,17 @@ def workplace():
             place.parent.mkdir(parents=True, exist_ok=True)
             nb = nbformat.read(path, as_version=4)
             for c in nb.cells:
-                if c.cell_type == "code": c.outputs, c.execution_count = [], None
+                if c.cell_type == "code":
+                    c.outputs, c.execution_count = [], None
             nb.cells.append(nbformat.v4.new_code_cell(DONE.format(name=path.stem)))
             nbformat.write(nb, place)
-        settings = {"lab/@jupyterlab/docmanager-extension/plugin.jupyterlab-settings": {"autosave": False},
-                    "lab/@jupyterlab/notebook-extension/tracker.jupyterlab-settings": {"windowingMode": "none"},
-                    "config/labconfig/page_config.json": {"disabledExtensions": {"@jupyterlab/apputils-extension:announcements": True}}}
+        settings = {
+            "lab/@jupyterlab/docmanager-extension/plugin.jupyterlab-settings": {"autosave": False},
+            "lab/@jupyterlab/notebook-extension/tracker.jupyterlab-settings": {"windowingMode": "none"},
+            "config/labconfig/page_config.json": {
+                "disabledExtensions": {"@jupyterlab/apputils-extension:announcements": True}
+            },
+        }
         for name, value in settings.items():
             (tmp / name).parent.mkdir(parents=True, exist_ok=True)
             (tmp / name).write_text(json.dumps(value))
@@ -89,47 +127,97 @@ def free_port():
 @contextmanager
 def serve(command, tmp, url, patience=60):
     "A server in a process group of its own, ended with all its kernels."
-    env = ENV | dict(JUPYTER_CONFIG_DIR=str(tmp / "config"), JUPYTERLAB_SETTINGS_DIR=str(tmp / "lab"), JUPYTERLAB_WORKSPACES_DIR=str(tmp / "workspaces"),
-                     JUPYTER_RUNTIME_DIR=str(tmp / "runtime"), IPYTHONDIR=str(tmp / "ipython"), PYTHONPATH=str(ROOT))
-    with open(tmp / "server.log", "wb") as log: p = subprocess.Popen(command, cwd=tmp, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+    env = ENV | dict(
+        JUPYTER_CONFIG_DIR=str(tmp / "config"),
+        JUPYTERLAB_SETTINGS_DIR=str(tmp / "lab"),
+        JUPYTERLAB_WORKSPACES_DIR=str(tmp / "workspaces"),
+        JUPYTER_RUNTIME_DIR=str(tmp / "runtime"),
+        IPYTHONDIR=str(tmp / "ipython"),
+        PYTHONPATH=str(ROOT),
+    )
+    with open(tmp / "server.log", "wb") as log:
+        p = subprocess.Popen(
+            command,
+            cwd=tmp,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
     try:
         until = time.monotonic() + patience
         while True:
-            with suppress(urllib.error.URLError, ConnectionError, TimeoutError), urllib.request.urlopen(url, timeout=5): break
-            if p.poll() is not None or time.monotonic() > until: raise RuntimeError("the server did not start:\n" + (tmp / "server.log").read_text()[-2000:])
+            with (
+                suppress(urllib.error.URLError, ConnectionError, TimeoutError),
+                urllib.request.urlopen(url, timeout=5),
+            ):
+                break
+            if p.poll() is not None or time.monotonic() > until:
+                raise RuntimeError("the server did not start:\n" + (tmp / "server.log").read_text()[-2000:])
             time.sleep(0.3)
         yield
     finally:
-        with suppress(ProcessLookupError): os.killpg(p.pid, signal.SIGTERM)
-        try: p.wait(10)
-        except subprocess.TimeoutExpired: pass
-        with suppress(ProcessLookupError): os.killpg(p.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.killpg(p.pid, signal.SIGTERM)
+        try:
+            p.wait(10)
+        except subprocess.TimeoutExpired:
+            pass
+        with suppress(ProcessLookupError):
+            os.killpg(p.pid, signal.SIGKILL)
 
 
 def lab(tmp, token, port):
-    return [BIN / "jupyter", "lab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0", f"--ServerApp.root_dir={tmp}",
-            f"--IdentityProvider.token={token}", "--LabApp.extension_manager=readonly"]
+    return [
+        BIN / "jupyter",
+        "lab",
+        "--no-browser",
+        "--allow-root",
+        "--ip=127.0.0.1",
+        f"--port={port}",
+        "--ServerApp.port_retries=0",
+        f"--ServerApp.root_dir={tmp}",
+        f"--IdentityProvider.token={token}",
+        "--LabApp.extension_manager=readonly",
+    ]
 
 
 def voila(tmp, port):
-    return [BIN / "voila", "nbs/7_comparison/02_explore.ipynb", "--no-browser", "--Voila.ip=127.0.0.1", f"--port={port}"]
+    return [
+        BIN / "voila",
+        "nbs/7_comparison/02_explore.ipynb",
+        "--no-browser",
+        "--Voila.ip=127.0.0.1",
+        f"--port={port}",
+    ]
 
 
 # A reader
 
+
 def press_run(page):
     "Run, Run All Cells; once more where the kernel was not there yet, and JupyterLab asked which one to take."
     from playwright.sync_api import TimeoutError as Late
-    accept, begun = page.locator(".jp-Dialog .jp-mod-accept"), page.locator(".jp-CodeCell .jp-InputPrompt", has_text=re.compile(r"\[[*\d]+\]"))
+
+    accept, begun = (
+        page.locator(".jp-Dialog .jp-mod-accept"),
+        page.locator(".jp-CodeCell .jp-InputPrompt", has_text=re.compile(r"\[[*\d]+\]")),
+    )
     for _ in range(6):
-        if accept.count(): accept.first.click(); page.wait_for_timeout(3000)
+        if accept.count():
+            accept.first.click()
+            page.wait_for_timeout(3000)
         try:
             page.get_by_role("menuitem", name="Run", exact=True).click(timeout=5000)
             page.get_by_role("menuitem", name="Run All Cells", exact=True).click(timeout=5000)
-        except Late: continue   # the question came in between
+        except Late:
+            continue  # the question came in between
         for _ in range(80):
-            if begun.count(): return
-            if accept.count(): break
+            if begun.count():
+                return
+            if accept.count():
+                break
             page.wait_for_timeout(250)
 
 
@@ -140,8 +228,10 @@ def run_all(page, url, token, name, tmp, patience):
     press_run(page)
     until, done = time.monotonic() + patience, tmp / "nbs" / f"{name}.done"
     while not done.exists():
-        if page.locator(ERROR).count(): break
-        if time.monotonic() > until: return f"not at its end after {patience} s"
+        if page.locator(ERROR).count():
+            break
+        if time.monotonic() > until:
+            return f"not at its end after {patience} s"
         page.wait_for_timeout(250)
     page.wait_for_timeout(1000)  # for the last outputs to arrive
     page.keyboard.press("Control+s")
@@ -152,23 +242,30 @@ def saved_problem(page, path, patience=20):
     "What the notebook that JupyterLab saved says: the first error, or a cell that was not run."
     for _ in range(4 * patience):
         page.wait_for_timeout(250)
-        try: nb = nbformat.read(path, as_version=4)
-        except nbformat.reader.NotJSONError: continue  # half-written
+        try:
+            nb = nbformat.read(path, as_version=4)
+        except nbformat.reader.NotJSONError:
+            continue  # half-written
         cells = [c for c in nb.cells if c.cell_type == "code" and c.source.strip()]
         errors = [o for c in cells for o in c.outputs if o.output_type == "error"]
-        if errors: return "\n".join(errors[0].traceback[-6:]) or f"{errors[0].ename}: {errors[0].evalue}"
+        if errors:
+            return "\n".join(errors[0].traceback[-6:]) or f"{errors[0].ename}: {errors[0].evalue}"
         left = sum(c.execution_count is None for c in cells)
-        if not left: return ""
+        if not left:
+            return ""
     return "some code cells have not run, or the notebook was not saved"
 
 
 def look(page, name, where=None):
     "A screenshot; of the part of the page around an element, where one is given."
-    if where: where.scroll_into_view_if_needed(); page.wait_for_timeout(300)
+    if where:
+        where.scroll_into_view_if_needed()
+        page.wait_for_timeout(300)
     page.screenshot(path=OUT / f"{name}.png")
 
 
-def box_of(page, label): return page.locator(".widget-vbox", has=page.locator(".widget-label", has_text=label)).last
+def box_of(page, label):
+    return page.locator(".widget-vbox", has=page.locator(".widget-label", has_text=label)).last
 
 
 def after(page, box, act, patience=60):
@@ -178,14 +275,18 @@ def after(page, box, act, patience=60):
     act()
     deadline = time.monotonic() + patience
     while image.get_attribute("src") == before:
-        if time.monotonic() > deadline: raise AssertionError("its picture did not change")
+        if time.monotonic() > deadline:
+            raise AssertionError("its picture did not change")
         page.wait_for_timeout(5)
     return 1000 * (time.perf_counter() - began)
 
 
 def control(box, label, kind):
     "A part of the slider or of the choices with this label."
-    return box.locator(".widget-inline-hbox, .widget-toggle-buttons", has=box.page.locator(f'.widget-label:text-is("{label}")')).locator(kind)
+    return box.locator(
+        ".widget-inline-hbox, .widget-toggle-buttons",
+        has=box.page.locator(f'.widget-label:text-is("{label}")'),
+    ).locator(kind)
 
 
 def move(page, box, label, keys):
@@ -202,13 +303,15 @@ def pick(page, box, label):
     return after(page, box, lambda: page.keyboard.press("Enter"))
 
 
-def caption(box): return box.locator("figcaption").inner_text()
+def caption(box):
+    return box.locator("figcaption").inner_text()
 
 
 def wait_caption(page, box, holds, patience=240):
     until = time.monotonic() + patience
     while not holds(caption(box)):
-        if time.monotonic() > until: raise AssertionError(f"after {patience} s it still says: {caption(box)}")
+        if time.monotonic() > until:
+            raise AssertionError(f"after {patience} s it still says: {caption(box)}")
         page.wait_for_timeout(100)
 
 
@@ -244,7 +347,11 @@ def explore_training(page, times):
     "Start, stop, see that it can go on; all with the keyboard."
     box = box_of(page, "seed")
     button = lambda text: box.get_by_role("button", name=text)
-    epoch = lambda text: int(text.partition("epoch ")[2].partition(" of")[0] or 0) if "epoch " in text and "no epoch" not in text else 0
+    epoch = lambda text: (
+        int(text.partition("epoch ")[2].partition(" of")[0] or 0)
+        if "epoch " in text and "no epoch" not in text
+        else 0
+    )
     button("Start").press("Enter")
     wait_caption(page, box, lambda text: epoch(text) >= 2)
     button("Stop").press("Enter")
@@ -261,8 +368,10 @@ def explore_training(page, times):
 def try_out(report, name, act, *args):
     "Do one thing and report it."
     start = time.monotonic()
-    try: problem = act(*args) or ""
-    except Exception as e: problem = f"{type(e).__name__}: {str(e)[:1500]}"
+    try:
+        problem = act(*args) or ""
+    except Exception as e:
+        problem = f"{type(e).__name__}: {str(e)[:1500]}"
     report.add(name, time.monotonic() - start, problem)
     return not problem
 
@@ -278,7 +387,8 @@ def use_lab(browser, report, names, times, patience):
                 page.locator(".jp-Notebook").evaluate("e => e.scrollTo(0, 0)") if ran else None
                 look(page, Path(name).name)
                 if ran and Path(name).name == "02_explore":
-                    for part in explore_beta, explore_schedule, explore_sizes, explore_training: try_out(report, f"browser: {part.__name__}", part, page, times)
+                    for part in explore_beta, explore_schedule, explore_sizes, explore_training:
+                        try_out(report, f"browser: {part.__name__}", part, page, times)
                 page.close()
                 end_kernels(url, token)
 
@@ -286,9 +396,14 @@ def use_lab(browser, report, names, times, patience):
 def end_kernels(url, token):
     "So that five notebooks need the memory of one."
     head = dict(Authorization=f"token {token}")
-    with urllib.request.urlopen(urllib.request.Request(f"{url}/api/sessions", headers=head), timeout=10) as f: sessions = json.load(f)
+    with urllib.request.urlopen(urllib.request.Request(f"{url}/api/sessions", headers=head), timeout=10) as f:
+        sessions = json.load(f)
     for s in sessions:
-        with suppress(urllib.error.URLError): urllib.request.urlopen(urllib.request.Request(f"{url}/api/sessions/{s['id']}", headers=head, method="DELETE"), timeout=30).close()
+        with suppress(urllib.error.URLError):
+            urllib.request.urlopen(
+                urllib.request.Request(f"{url}/api/sessions/{s['id']}", headers=head, method="DELETE"),
+                timeout=30,
+            ).close()
 
 
 def use_voila(browser, report, times, patience):
@@ -298,6 +413,7 @@ def use_voila(browser, report, times, patience):
         assert not page.locator(ERROR).count(), "a cell failed"
         assert not page.locator(".jp-CodeCell .jp-InputArea:visible").count(), "it shows code"
         explore_beta(page, times, "voila")
+
     with workplace() as tmp:
         url = f"http://127.0.0.1:{(port := free_port())}"
         with serve(voila(tmp, port), tmp, f"{url}/voila/static/voila.js", patience):
@@ -316,13 +432,25 @@ def run_browser(report, names=(), install=False, patience=240):
     times = {}
     with sync_playwright() as p:
         browser = start_chromium(p)
-        if browser is None and install: fetch_chromium(); browser = start_chromium(p)
-        if browser is None: return print("browser tests skipped: no Chromium (playwright install chromium, or name one in BAVQ_CHROMIUM)", flush=True)
+        if browser is None and install:
+            fetch_chromium()
+            browser = start_chromium(p)
+        if browser is None:
+            return print(
+                "browser tests skipped: no Chromium (playwright install chromium, or name one in BAVQ_CHROMIUM)",
+                flush=True,
+            )
         use_lab(browser, report, names or READ, times, patience)
-        if not names or "7_comparison/02_explore" in names: use_voila(browser, report, {}, patience)
+        if not names or "7_comparison/02_explore" in names:
+            use_voila(browser, report, {}, patience)
         browser.close()
-    (OUT / "times.json").write_text(json.dumps({k: round(v, 1) for k, v in times.items()}, indent=1, ensure_ascii=False) + "\n")
-    print(f"screenshots: {OUT.relative_to(ROOT)}; milliseconds from key to picture: {', '.join(f'{k} {v:.0f}' for k, v in times.items())}", flush=True)
+    (OUT / "times.json").write_text(
+        json.dumps({k: round(v, 1) for k, v in times.items()}, indent=1, ensure_ascii=False) + "\n"
+    )
+    print(
+        f"screenshots: {OUT.relative_to(ROOT)}; milliseconds from key to picture: {', '.join(f'{k} {v:.0f}' for k, v in times.items())}",
+        flush=True,
+    )
 
 
 def main():
@@ -337,5 +465,7 @@ def main():
 
 
 if __name__ == "__main__":
-    try: sys.exit(main())
-    except KeyboardInterrupt: sys.exit("stopped")
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit("stopped")

@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Record what bavq was tried with: run it by the interpreter of an environment that holds the oldest supported versions.
 
-    python tools/supply.py --audit audit.json --out results/safety/supply.json     (audit.json: pip-audit -f json)"""
+python tools/supply.py --audit audit.json --out results/safety/supply.json     (audit.json: pip-audit -f json)"""
+
 import argparse
 import json
 import os
@@ -25,9 +26,28 @@ o = parser.parse_args()
 ini = ConfigParser(delimiters=["="], interpolation=None)
 ini.read(ROOT / "settings.ini", encoding="utf-8")
 names = [re.match(r"[\w.-]+", r)[0] for r in ini["DEFAULT"]["requirements"].split()]
-done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *TESTS], cwd=ROOT, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+done = subprocess.run(
+    [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *TESTS],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    env=os.environ | {"PYTHONPATH": str(ROOT)},
+)
 packages = json.loads(Path(o.audit).read_text())["dependencies"] if o.audit else []
-write_json(o.out, dict(
-    python=sys.version.split()[0], oldest={n: version(n) for n in names}, tests=list(TESTS), outcome=done.stdout.strip().splitlines()[-1].strip("= ") if done.stdout.strip() else done.stderr[-200:],
-    audit=dict(packages=len(packages), answered=sum("vulns" in p for p in packages), vulnerabilities=sum(len(p.get("vulns", ())) for p in packages))))
+write_json(
+    o.out,
+    dict(
+        python=sys.version.split()[0],
+        oldest={n: version(n) for n in names},
+        tests=list(TESTS),
+        outcome=done.stdout.strip().splitlines()[-1].strip("= ")
+        if done.stdout.strip()
+        else done.stderr[-200:],
+        audit=dict(
+            packages=len(packages),
+            answered=sum("vulns" in p for p in packages),
+            vulnerabilities=sum(len(p.get("vulns", ())) for p in packages),
+        ),
+    ),
+)
 print(Path(o.out).read_text(), done.stdout[-1500:])
