@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 
 from bavq.core.config import RunConfig, set_seed, write_json
-from bavq.theory.sources import PHOTOS, get_dataloaders, photo_path
+from bavq.training.data import PHOTOS, get_dataloaders, photo_path
 from bavq.training.experiments import cores
 from bavq.quantizers.base import (
     Quantized,
@@ -40,7 +40,8 @@ from bavq.quantizers.base import (
     register_quantizer,
     squared_distances,
 )
-from bavq.training.loop import build_model, loss_terms, make_accelerator, prepare, train_epoch
+from bavq.models.vqvae import build_model
+from bavq.training.loop import loss_terms, make_accelerator, prepare, train_epoch
 from bavq.quantizers.vq_ema import VQEMAQuantizer, restart
 
 ROOT = Path(__file__).resolve().parent.parent

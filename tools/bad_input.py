@@ -28,7 +28,7 @@ import bavq
 import bavq.evaluation.compression as compression
 import bavq.quantizers.remedies as remedies
 import bavq.theory.rate_distortion as rd
-import bavq.theory.sources as data
+import bavq.training.data as data
 from bavq.cli import main
 from bavq.core.config import (
     BavqError,
