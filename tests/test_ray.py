@@ -8,7 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from bavq.core.config import BavqError, RunConfig
+from bavq.core.config import RunConfig
+from bavq.core.errors import BavqError
 from bavq.theory.sources import cache_dir
 from bavq.training.experiments import Ray, as_task, collect, run, sweep
 

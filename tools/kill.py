@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 os.environ |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
@@ -27,10 +28,11 @@ import torch
 import torch._dynamo  # noqa: F401
 import tqdm.auto  # noqa: F401
 
-import bavq.core.config
+import bavq.core.storage
 import bavq.training.loop
 import bavq.training.prior_training
-from bavq.core.config import RunConfig, read_history, read_weights, write_json
+from bavq.core.config import RunConfig
+from bavq.core.storage import read_history, read_weights, write_json
 from bavq.training.experiments import environment, run
 from bavq.training.prior_training import Codes, PriorConfig, fit_prior
 
@@ -90,7 +92,7 @@ def work(name, folder, data):
     if isinstance(config, PriorConfig):
         return fit_prior(config, codes(), folder, resume=True, progress=False)
     return run(
-        bavq.core.config.replace(config, name=folder.name, data=data),
+        replace(config, name=folder.name, data=data),
         folder.parent,
         resume=True,
         progress=False,
@@ -125,7 +127,7 @@ def instrument(where, slow):
     mark(bavq.training.prior_training, "put_back", 1, where)
     for module in (bavq.training.loop, bavq.training.prior_training):
         mark(module, "rest_of_epoch", 2, where)
-    mark(bavq.core.config._Noted, "write", lambda now: now, where, slow)
+    mark(bavq.core.storage._ErrorKeeper, "write", lambda now: now, where, slow)
     mark(os, "replace", lambda now: 5 if now == 4 else now, where, slow)
 
 

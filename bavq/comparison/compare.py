@@ -7,7 +7,9 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 import pandas as pd
-from ..core.config import RunConfig, atomic_write, require
+from ..core.config import RunConfig
+from ..core.errors import require
+from ..core.storage import atomic_write
 from ..training.experiments import ANSWER
 from ..theory.statistics import groups, holm, permutation_p, summarise
 

@@ -11,7 +11,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from ..core.config import BavqError, atomic_write, choose, require, typed
+from ..core.errors import BavqError, choose, require, typed
+from ..core.storage import atomic_write
 from ..theory.sources import normalize, read_image
 from .evaluate import as_pixels
 from ..theory.metrics import code_counts

@@ -11,7 +11,7 @@ from typing import Callable, NamedTuple
 import torch
 from torch import Tensor, nn
 from ..quantizers.ba_vq import SpecifiedBAQuantizer, posterior, soft_codes
-from ..core.config import require
+from ..core.errors import require
 from ..theory.metrics import CodeMeter, ReconstructionMeter, code_counts, compute_entropy, compute_entropy_bits, effective_rank, image_errors, psnr_from_mse, to_unit
 from ..quantizers.base import as_is, from_rows, latent_rows, to_rows
 from ..theory.rate_distortion import blahut_arimoto_codebook, gaussian_rd, water_level

@@ -11,10 +11,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from ..core.config import BavqError, RunConfig, choose, config_from_dict, get_rng_state, require, set_rng_state, write_json
+from ..core.config import RunConfig, config_from_dict
+from ..core.distributed import get_rng_state, set_rng_state
+from ..core.errors import BavqError, choose, require
+from ..core.storage import write_json
 from .evaluate import Evaluation, Judges, as_pixels, evaluate, evaluation_figure, in_colour
 from ..quantizers.base import QUANTIZERS
-from ..core.config import read_json, read_weights
+from ..core.storage import read_json, read_weights
 from ..models.vqvae import build_model
 from ..training.loop import load_model
 from ..models.vqvae import VQVAE

@@ -6,7 +6,7 @@
 from __future__ import annotations
 import torch
 from torch import Tensor, nn
-from ..core.config import require
+from ..core.errors import require
 from .base import Quantized
 from .vq_ema import VQEMAQuantizer
 

@@ -8,7 +8,7 @@ import json
 import math
 import statistics
 from pathlib import Path
-from ..core.config import require
+from ..core.errors import require
 
 # %% auto #0
 __all__ = ['ARMS', 'load_bench', 'ratio', 'seconds_table', 'exponent_of', 'draw_steps']

@@ -8,7 +8,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 from ..quantizers.ba_vq import BAQuantizer
-from ..core.config import RunConfig, require
+from ..core.config import RunConfig
+from ..core.errors import require
 from ..training.experiments import ANSWER
 from ..quantizers.base import nearest_code, register_quantizer
 from ..theory.rate_distortion import blahut_arimoto_codebook

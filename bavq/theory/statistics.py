@@ -8,7 +8,8 @@ from dataclasses import fields
 import numpy as np
 import pandas as pd
 from scipy import optimize, stats
-from ..core.config import RunConfig, require
+from ..core.config import RunConfig
+from ..core.errors import require
 
 # %% auto #0
 __all__ = ['METRICS', 'mean_interval', 'paired_difference', 'permutation_p', 'bootstrap_interval', 'minimum_detectable_effect',

@@ -9,9 +9,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 import torch
 from torch import Tensor, nn
-from ..core.config import (BavqError, Interrupted, RunConfig, all_reduce, atomic_write, check_config, config_from_dict, get_rng_state,
-                       check_folder, checkpoints, from_first, newest_checkpoint, only_writer, parallel, read_history, read_json, read_weights, require, require_same,
-                       run_name, set_rng_state, set_seed, stop_signals, write_history, write_json, write_weights)
+from ..core.config import RunConfig, check_config, config_from_dict, require_same, run_name
+from ..core.distributed import all_reduce, get_rng_state, from_first, parallel, set_rng_state, set_seed
+from ..core.errors import BavqError, require
+from bavq.core.storage import (Interrupted, atomic_write, check_folder, checkpoints, newest_checkpoint,
+    only_writer, read_history, read_json, read_weights, stop_signals, write_history, write_json,
+    write_weights)
 from ..theory.sources import Batches, epoch_order, get_dataloaders
 from ..theory.metrics import CodeMeter, LossMeter, ReconstructionMeter, effective_rank
 from ..models.vqvae import VQVAE, build_model
