@@ -18,6 +18,7 @@ from torch.utils.data import get_worker_info
 
 import bavq.core.config
 import bavq.theory.sources
+import bavq.training.checkpoints
 import bavq.training.loop
 from bavq.cli import main, parse
 from bavq.core.config import (
@@ -204,7 +205,7 @@ def test_in_another_thread_signals_are_left_alone():
 
 def test_long_epochs_are_saved_within(monkeypatch):
     "A checkpoint is due by the clock, not only by the epoch."
-    monkeypatch.setattr(bavq.training.loop, "SAVE_EVERY", 0)
+    monkeypatch.setattr(bavq.training.checkpoints, "SAVE_EVERY", 0)
     with at_batch(8, lambda batch: (_ for _ in ()).throw(MemoryError())), pytest.raises(MemoryError):
         train()
     assert [p.name for p in checkpoints(Path("run"))] == [
@@ -212,7 +213,7 @@ def test_long_epochs_are_saved_within(monkeypatch):
         "checkpoint_epoch1_step2.pt",
     ]
     train()
-    monkeypatch.setattr(bavq.training.loop, "SAVE_EVERY", 600)
+    monkeypatch.setattr(bavq.training.checkpoints, "SAVE_EVERY", 600)
     assert undisturbed(train, Path("run"))
 
 

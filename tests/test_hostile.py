@@ -32,7 +32,7 @@ from bavq.models.priors import load_prior, make_prior
 from bavq.quantizers.base import make_quantizer
 from bavq.theory.sources import load_images, read_arrays, read_image
 from bavq.training.experiments import read_config, run
-from bavq.training.loop import load_model
+from bavq.training.checkpoints import load_model
 from bavq.training.prior_training import extract_codes
 
 SOURCES = sorted(Path(bavq.__file__).parent.glob("*.py"))

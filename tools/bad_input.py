@@ -41,7 +41,7 @@ from bavq.core.config import (
 )
 from bavq.models.priors import load_prior, make_prior
 from bavq.training.experiments import environment, load_results, read_config, run, sweep
-from bavq.training.loop import load_model
+from bavq.training.checkpoints import load_model
 from bavq.training.prior_training import PriorConfig, prepare_prior
 
 NAN, INF = float("nan"), float("inf")

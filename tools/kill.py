@@ -28,6 +28,7 @@ import torch._dynamo  # noqa: F401
 import tqdm.auto  # noqa: F401
 
 import bavq.core.config
+import bavq.training.checkpoints
 import bavq.training.loop
 import bavq.training.prior_training
 from bavq.core.config import RunConfig, read_history, read_weights, write_json
@@ -114,17 +115,19 @@ def mark(module, function, place, where, slow=0.0):
 
 def instrument(where, slow):
     "Say where the process is, write slowly, and write a checkpoint every few steps."
-    bavq.training.loop.SAVE_EVERY = 0.01
-    for module in (bavq.training.loop, bavq.training.prior_training):
-        mark(module, "save_checkpoint", 6, where)
+    bavq.training.checkpoints.SAVE_EVERY = 0.01
+    modules = bavq.training.checkpoints, bavq.training.loop, bavq.training.prior_training
+    for module in modules:
         for function in ("write_json", "write_history", "write_weights"):
-            mark(module, function, lambda now: 4 if now in (4, 6) else 7, where)
+            if hasattr(module, function):
+                mark(module, function, lambda now: 4 if now in (4, 6) else 7, where)
+        mark(module, "save_checkpoint", 6, where)
+        if hasattr(module, "restore_state"):
+            mark(module, "restore_state", 1, where)
+        if hasattr(module, "rest_of_epoch"):
+            mark(module, "rest_of_epoch", 2, where)
     mark(bavq.training.loop, "validate", 3, where)
     mark(bavq.training.prior_training, "bits_per_code", 3, where)
-    mark(bavq.training.loop, "put_back", 1, where)
-    mark(bavq.training.prior_training, "put_back", 1, where)
-    for module in (bavq.training.loop, bavq.training.prior_training):
-        mark(module, "rest_of_epoch", 2, where)
     mark(bavq.core.config._Noted, "write", lambda now: now, where, slow)
     mark(os, "replace", lambda now: 5 if now == 4 else now, where, slow)
 
@@ -167,7 +170,7 @@ def strike(pid, where, rng, kill):
 
 def fresh(name, folder, data, rng, kill):
     "The same in a new interpreter, whose import of torch counts as starting."
-    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import kill; kill.bavq.training.loop.SAVE_EVERY = 0.01; print('ready', flush=True); kill.work({name!r}, kill.Path({str(folder)!r}), {data!r})"
+    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import kill; kill.bavq.training.checkpoints.SAVE_EVERY = 0.01; print('ready', flush=True); kill.work({name!r}, kill.Path({str(folder)!r}), {data!r})"
     child = subprocess.Popen(
         [sys.executable, "-c", code],
         stdout=subprocess.PIPE,

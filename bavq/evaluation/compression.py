@@ -319,7 +319,7 @@ def plan(folder: str | Path, out: str | Path, suffixes: tuple, rename) -> dict[P
 
 def load_parts(run: str | Path, prior: str | Path):
     "Model, prior (None: no folder given), and the side of their tiles."
-    from bavq.training.loop import load_model
+    from bavq.training.checkpoints import load_model
     (model, config), p = load_model(run), load_prior(prior) if prior else None
     return model, p, 4 * p.grid[0] if p is not None else config.image_size or 32
 
