@@ -1,4 +1,5 @@
-"""The quantizer benchmark, small: it writes what 04_speed reads. What takes how long is no test's business."""
+"""The quantizer benchmark, small: it writes what 04_speed reads. What takes how long is no test's
+business."""
 
 import importlib.util
 import math

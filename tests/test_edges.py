@@ -320,7 +320,8 @@ def test_random_states_of_another_machine(monkeypatch):
 
 
 def test_one_run_has_one_name():
-    "Numbers of any kind, and options that are no texts, mean what they say, and the name of the run is the same."
+    """Numbers of any kind, and options that are no texts, mean what they say, and the name of the run is the
+    same."""
     plain = RunConfig(epochs=3, lr=1e-3, clip_grad=0.0, seed=1, options={"decay": "0.95"})
     other = RunConfig(epochs=3.0, lr=np.float64(1e-3), clip_grad=0, seed=np.int64(1), options={"decay": 0.95})
     assert run_name(other) == run_name(plain) and check_config(other) == plain

@@ -243,9 +243,10 @@ def test_archives_that_climb_out_write_nothing(here):
 
 def png(width, height, rows=1):
     "A small file that claims to be a large picture; with all its rows, it is one, and black."
-    part = lambda kind, data: (
-        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-    )
+
+    def part(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
     packer = zlib.compressobj()
     data = b"".join(packer.compress(bytes(1 + 3 * width)) for _ in range(rows)) + packer.flush()
     return (
@@ -296,7 +297,8 @@ BOMBS = {  # how it is made, what reads it
 
 
 def tell(pipe, read, path):
-    "In a process of its own, whose memory has no earlier peak: what reading says, and how many kilobytes and seconds it took."
+    """In a process of its own, whose memory has no earlier peak: what reading says, and how many kilobytes
+    and seconds it took."""
     import resource
 
     peak, began = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()

@@ -1,4 +1,5 @@
-"""Rules about the whole project: the order of the modules, what importing costs, and the habits of the notebooks.
+"""Rules about the whole project: the order of the modules, what importing costs, and the habits of the
+notebooks.
 
 Every test lists all that breaks its rule and says what to do."""
 
@@ -39,7 +40,8 @@ def place(notebook):
 
 
 def module_name(notebook):
-    "The module that a notebook's code belongs to: `2_quantizers/01_base` makes quantizers.base; the appendix has no folder."
+    """The module that a notebook's code belongs to: `2_quantizers/01_base` makes quantizers.base; the
+    appendix has no folder."""
     part, _, stem = notebook.rpartition("/")
     return f"{part[2:]}.{stem[3:]}" if part[0].isdigit() else stem[3:]
 
@@ -88,7 +90,8 @@ def canonical(distribution):
 
 
 def imports(tree, module="part.module"):
-    "(name, line) of everything imported anywhere in a module, also inside functions: `from a.b import c` gives a.b and a.b.c."
+    """(name, line) of everything imported anywhere in a module, also inside functions: `from a.b import c`
+    gives a.b and a.b.c."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from ((a.name, node.lineno) for a in node.names)
@@ -160,7 +163,8 @@ def test_every_import_points_to_an_earlier_notebook():
                 and not PLACE[m[1]] < PLACE[module]
             ):
                 wrong.append(
-                    f"{where}: only earlier notebooks may be imported; move the code, or register it from the later notebook"
+                    f"{where}: only earlier notebooks may be imported; move the code, or register it from the"
+                    " later notebook"
                 )
     none(sorted(set(wrong)))
 
@@ -181,7 +185,10 @@ def test_only_plots_imports_matplotlib():
 
 
 def test_import_bavq_is_light():
-    heavy = "pandas matplotlib seaborn sklearn skimage accelerate torchvision torchmetrics scipy fastcore nbdev IPython".split()
+    heavy = (
+        "pandas matplotlib seaborn sklearn skimage accelerate torchvision torchmetrics scipy fastcore nbdev"
+        " IPython".split()
+    )
     code = f"import sys, json, bavq; print(json.dumps([m for m in {heavy!r} if m in sys.modules]))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -194,7 +201,8 @@ def test_import_bavq_is_light():
 
 
 def test_requirements_cover_every_import():
-    "The package runs with `requirements` (optional libraries, with their extra), the notebooks with their extra beside it."
+    """The package runs with `requirements` (optional libraries, with their extra), the notebooks with their
+    extra beside it."""
     ini = ConfigParser(delimiters=["="], interpolation=None)
     ini.read(ROOT / "settings.ini", encoding="utf-8")
     required = {
@@ -366,7 +374,8 @@ def test_imports_stand_alone():
 
 
 def test_notebooks_are_executed():
-    "As far as it can be seen without running: a last line that is a value has an output, and a notebook that runs anything shows something."
+    """As far as it can be seen without running: a last line that is a value has an output, and a notebook
+    that runs anything shows something."""
     shows = (
         ast.Name,
         ast.Attribute,
@@ -424,7 +433,8 @@ def test_figures_are_described():
 
 
 def test_readme_shows_every_notebook():
-    "As far as it is not the gate's part, which compares bytes: a new title or idea reaches the map only by running the index."
+    """As far as it is not the gate's part, which compares bytes: a new title or idea reaches the map only by
+    running the index."""
     text, wrong = (ROOT / "README.md").read_text(encoding="utf-8"), []
     for n, nb in NOTEBOOKS.items():
         head = "".join(nb["cells"][0]["source"])
@@ -432,7 +442,8 @@ def test_readme_shows_every_notebook():
             wrong.append(f"{n}: begin with `# Title`, an empty line, and `> its one idea`")
         elif n != "index" and not (f"(nbs/{n}.ipynb)" in text and found[2] in text):
             wrong.append(
-                f"{n} is not in README.md under this title and idea: run `make execute NB=index`, then `make readme`"
+                f"{n} is not in README.md under this title and idea: run `make execute NB=index`, then `make"
+                " readme`"
             )
     none(wrong)
 

@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
 """Give bavq a thousand and more bad inputs: python tools/bad_input.py --out results/safety/bad_input.json
 
-Every case must end in a BavqError of one line that names a cause and a cure (a command: exit code 2, one line, no traceback), and must
-leave the folder as it was: no file half-written, none overwritten. Cases are generated from lists of what can be wrong with a value of
-a kind; `--seed` and `--share` pick a part of them."""
+Every case must end in a BavqError of one line that names a cause and a cure (a command: exit code 2, one
+line, no traceback), and must leave the folder as it was: no file half-written, none overwritten. Cases are
+generated from lists of what can be wrong with a value of a kind; `--seed` and `--share` pick a part of
+them."""
 
 import argparse
 import contextlib
@@ -347,7 +348,8 @@ def damage(whole, rng):
 
 
 def files(folder):
-    "Yields (format, what is wrong, call) of damaged and foreign files; a change that the reader may not see is left out."
+    """Yields (format, what is wrong, call) of damaged and foreign files; a change that the reader may not see
+    is left out."""
     rng = random.Random(0)
     torch.save({"a": torch.randn(100)}, folder / "w.pt")
     readers = {
