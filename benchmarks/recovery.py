@@ -21,7 +21,7 @@ import torch
 
 from bavq.core.config import RunConfig, run_name, write_json
 from bavq.training.experiments import Ray, load_results, run, sweep
-from bavq.training.loop import read_history
+from bavq.core.config import read_history
 
 # before Ray is imported: a busy machine starts its processes slowly
 os.environ |= dict(

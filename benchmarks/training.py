@@ -40,7 +40,8 @@ from bavq.quantizers.base import (
     register_quantizer,
     squared_distances,
 )
-from bavq.training.loop import build_model, loss_terms, make_accelerator, prepare, train_epoch
+from bavq.models.vqvae import build_model
+from bavq.training.loop import loss_terms, make_accelerator, prepare, train_epoch
 from bavq.quantizers.vq_ema import VQEMAQuantizer, restart
 
 ROOT = Path(__file__).resolve().parent.parent

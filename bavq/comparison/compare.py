@@ -9,7 +9,8 @@ from pathlib import Path
 import pandas as pd
 from ..core.config import RunConfig, atomic_write, require
 from ..training.experiments import ANSWER
-from ..theory.statistics import groups, holm, permutation_p, summarise
+from ..evaluation.summaries import groups, summarise
+from ..theory.statistics import holm, permutation_p
 
 # %% auto #0
 __all__ = ['STUDY_DATA', 'ARMS', 'RIVALS', 'cases', 'bar', 'verdict', 'answer_figure', 'arm', 'answer_configs', 'five_pairs',
@@ -146,7 +147,8 @@ def compare_figure(
     path: str | Path | None = None,  # a PNG to write
 ):
     "PSNR, perplexity and usage of every run, a row of panels for each data set and codebook size; a figure, written as PNG to a path."
-    from bavq.core.plots import METHODS, figure, plot_paired
+    from bavq.core.plots import METHODS, figure
+    from bavq.theory.statistics import plot_paired
     parts, labels = list(df.groupby(groups(df))), dict(psnr="PSNR [dB]", perplexity="perplexity", usage_rate="share of codes used")
     fig, axes = figure(len(parts), 3, width=1.4 + 0.75 * df["method"].nunique(), height=2.6)
     for row, (key, g) in zip(axes.reshape(-1, 3), parts):

@@ -55,7 +55,7 @@ class BackgroundRun:
         return "stopped" if said.startswith("bavq.core.config.Interrupted") else f"failed: {said}"
 
     def history(self) -> list[dict]:
-        from bavq.training.loop import read_history
+        from bavq.core.config import read_history
         return read_history(self.folder)
 
 # %% ../../nbs/7_comparison/03_live_training.ipynb #16a99bf0

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from ..core.config import BavqError, RunConfig, choose, config_from_dict, get_rng_state, require, set_rng_state, write_json
 from .evaluate import Evaluation, Judges, as_pixels, evaluate, evaluation_figure, in_colour
 from ..quantizers.base import QUANTIZERS
-from ..training.loop import build_model, load_model, read_json, read_weights
+from ..core.config import read_json, read_weights
+from ..models.vqvae import build_model
+from ..training.loop import load_model
 from ..models.vqvae import VQVAE
 
 # %% auto #0

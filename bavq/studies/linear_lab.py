@@ -22,7 +22,7 @@ from ..training.experiments import cores, environment
 from ..quantizers.base import nearest_code, rotate, straight_through
 from ..theory.rate_distortion import gaussian_rd
 from ..theory.statistics import mean_interval, paired_difference
-from ..training.loop import read_json
+from ..core.config import read_json
 from ..quantizers.vq_ema import VQEMAQuantizer
 
 # %% auto #0
