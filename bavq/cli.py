@@ -60,7 +60,7 @@ def compare(
     "Sweep, summarise, draw, print."
     import torch
     from bavq.comparison.compare import compare_figure
-    from bavq.theory.sources import get_dataloaders
+    from bavq.training.data import get_dataloaders
     from bavq.models.vqvae import build_model
     import pandas as pd
     from bavq.evaluation.summaries import METRICS, groups, summarise

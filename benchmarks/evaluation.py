@@ -21,7 +21,7 @@ NETWORKS = "inception", "lpips"
 
 def images(n):
     "Test batches: crops of photographs, as often as it takes."
-    from bavq.theory.sources import Batches, load_images
+    from bavq.training.data import Batches, load_images
 
     train = load_images("photos").train
     return Batches(

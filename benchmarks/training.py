@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 
 from bavq.core.config import RunConfig, set_seed, write_json
-from bavq.theory.sources import PHOTOS, get_dataloaders, photo_path
+from bavq.training.data import PHOTOS, get_dataloaders, photo_path
 from bavq.training.experiments import cores
 from bavq.quantizers.base import (
     Quantized,

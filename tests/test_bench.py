@@ -73,7 +73,7 @@ def test_the_training_loops_have_the_same_losses(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     import training
 
-    from bavq.theory.sources import get_dataloaders
+    from bavq.training.data import get_dataloaders
 
     config = training.replace(training.NETWORKS["tiny"], train_size=640)
     config = training.write_files(config, tmp_path)

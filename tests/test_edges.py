@@ -34,7 +34,8 @@ from bavq.models.priors import make_prior
 from bavq.models.vqvae import VQVAE
 from bavq.quantizers.base import VectorQuantizer
 from bavq.studies.linear_lab import distortion_bound
-from bavq.theory import sources as data
+from bavq.theory import sources
+from bavq.training import data
 from bavq.theory.metrics import LossMeter, compute_entropy_bits
 from bavq.theory.rate_distortion import blahut_arimoto, blahut_arimoto_codebook
 from bavq.evaluation.summaries import summarise
@@ -149,7 +150,7 @@ def test_labels_of_any_whole_type(tmp_path):
 
 
 def test_singular_sources():
-    assert data.gaussian_source(3, [0.0, 0.0]).abs().sum() == 0
+    assert sources.gaussian_source(3, [0.0, 0.0]).abs().sum() == 0
 
 
 def test_an_estimate_does_not_depend_on_the_batch():

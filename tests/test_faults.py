@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import get_worker_info
 
 import bavq.core.config
-import bavq.theory.sources
+import bavq.training.data
 import bavq.training.loop
 from bavq.cli import main, parse
 from bavq.core.config import (
@@ -32,7 +32,7 @@ from bavq.core.config import (
     stop_signals,
     write_json,
 )
-from bavq.theory.sources import Batches, Image, epoch_order, get_dataloaders
+from bavq.training.data import Batches, Image, epoch_order, get_dataloaders
 from bavq.training.experiments import run
 from bavq.training.prior_training import Codes, PriorConfig, fit_prior
 
@@ -309,7 +309,7 @@ def streamed(monkeypatch):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_killed_loader_process_ends_in_one_line_and_the_run_goes_on(streamed, monkeypatch):
-    inner, flag = bavq.theory.sources.read_image, Path("kill it").resolve()
+    inner, flag = bavq.training.data.read_image, Path("kill it").resolve()
 
     def deadly(path, size=0):
         if get_worker_info() and flag.exists() and checkpoints(flag.parent / "run"):
@@ -317,7 +317,7 @@ def test_a_killed_loader_process_ends_in_one_line_and_the_run_goes_on(streamed, 
             os.kill(os.getpid(), signal.SIGKILL)
         return inner(path, size)
 
-    monkeypatch.setattr(bavq.theory.sources, "read_image", deadly)
+    monkeypatch.setattr(bavq.training.data, "read_image", deadly)
     flag.touch()
     with pytest.raises(BavqError, match="a loader process was killed") as e:
         train(config=streamed)

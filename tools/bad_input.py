@@ -28,7 +28,8 @@ import bavq
 import bavq.evaluation.compression as compression
 import bavq.quantizers.remedies as remedies
 import bavq.theory.rate_distortion as rd
-import bavq.theory.sources as data
+import bavq.theory.sources as sources
+import bavq.training.data as data
 from bavq.cli import main
 from bavq.core.config import (
     BavqError,
@@ -226,14 +227,14 @@ def functions():
         dict(p=NUMBER + [-0.1, 1.1], distortion=["a", None, -1.0, NAN]),
     )
     for f, o in (
-        (data.gaussian_source, {}),
-        (data.bernoulli_source, dict(p=NUMBER + [-0.1, 1.1])),
-        (data.mixture_source, dict(num_components=WHOLE[:9] + [0], dim=WHOLE[:9] + [0])),
+        (sources.gaussian_source, {}),
+        (sources.bernoulli_source, dict(p=NUMBER + [-0.1, 1.1])),
+        (sources.mixture_source, dict(num_components=WHOLE[:9] + [0], dim=WHOLE[:9] + [0])),
     ):
         yield from each(f.__name__, f, dict(n=10), dict(n=WHOLE + [0], **o))
     yield from each(
         "gaussian_source",
-        data.gaussian_source,
+        sources.gaussian_source,
         dict(n=10),
         dict(cov_or_dim=[0, -1, "a", None, [[1.0, 2.0]], [[1.0, 2.0], [3.0, 1.0]], [-1.0], [NAN]]),
     )
