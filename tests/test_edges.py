@@ -38,7 +38,8 @@ from bavq.theory import sources
 from bavq.training import data
 from bavq.theory.metrics import LossMeter, compute_entropy_bits
 from bavq.theory.rate_distortion import blahut_arimoto, blahut_arimoto_codebook
-from bavq.theory.statistics import minimum_detectable_effect, paired_difference, permutation_p, summarise
+from bavq.evaluation.summaries import summarise
+from bavq.theory.statistics import minimum_detectable_effect, paired_difference, permutation_p
 from bavq.training.experiments import run
 from bavq.training.loop import load_model, make_accelerator, prepare, save_checkpoint, train
 from bavq.training.prior_training import PriorConfig, extract_codes, model_codes, save_samples, train_prior
