@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Iterable, Sequence
 import pandas as pd
 from ..core.config import RunConfig, atomic_write, require
-from ..theory.statistics import groups, holm, permutation_p, summarise
+from ..evaluation.summaries import groups, summarise
+from ..theory.statistics import holm
 from ..training.experiments import ANSWER
 
 # %% auto #0
@@ -225,7 +226,8 @@ def compare_figure(
     path: str | Path | None = None,  # a PNG to write
 ) -> Figure:
     "PSNR, perplexity and usage of every run, a row of panels for each data set and codebook size."
-    from bavq.core.plots import figure, plot_paired
+    from bavq.core.plots import figure
+    from bavq.theory.statistics import plot_paired
     parts = list(df.groupby(groups(df)))
     labels = dict(psnr="PSNR [dB]", perplexity="perplexity", usage_rate="share of codes used")
     fig, axes = figure(len(parts), 3, width=1.4 + 0.75 * df["method"].nunique(), height=2.6)
