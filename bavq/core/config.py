@@ -13,12 +13,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['PART', 'BavqError', 'require', 'DiskError', 'brief', 'choose', 'is_number', 'is_whole', 'as_numbers', 'check_types',
-           'typed', 'RunConfig', 'config_from_dict', 'check_config', 'require_same', 'config_id', 'run_name',
-           'set_seed', 'get_rng_state', 'set_rng_state', 'parallel', 'all_reduce', 'from_first', 'row_place',
-           'gather_rows', 'atomic_write', 'write_json', 'read_weights', 'read_json', 'write_weights', 'only_writer',
-           'checkpoints', 'newest_checkpoint', 'read_history', 'write_history', 'check_folder', 'stop_signals',
-           'Interrupted']
+__all__ = ['PART', 'BavqError', 'require', 'DiskError', 'brief', 'choose', 'needs', 'is_number', 'is_whole', 'as_numbers',
+           'check_types', 'typed', 'RunConfig', 'config_from_dict', 'check_config', 'require_same', 'config_id',
+           'run_name', 'set_seed', 'get_rng_state', 'set_rng_state', 'parallel', 'all_reduce', 'from_first',
+           'row_place', 'gather_rows', 'atomic_write', 'write_json', 'read_weights', 'read_json', 'write_weights',
+           'only_writer', 'checkpoints', 'newest_checkpoint', 'read_history', 'write_history', 'check_folder',
+           'stop_signals', 'Interrupted']
 
 # %% ../../nbs/0_core/01_config.ipynb #b46d5d43
 class BavqError(ValueError):
@@ -47,6 +47,24 @@ def choose(
     "`table[name]`, or a `BavqError` that lists the names there are."
     require(isinstance(name, str) and name in table, f"unknown {what} {brief(name)}: choose one of {', '.join(sorted(table))}")
     return table[name]
+
+# %% ../../nbs/0_core/01_config.ipynb #80ab77dc
+import importlib
+from types import ModuleType
+
+# %% ../../nbs/0_core/01_config.ipynb #e7e4d410
+def needs(
+    module: str,  # a library as it is imported, such as constriction
+    extra: str,   # the extra of this package that brings it, such as eval
+) -> ModuleType:
+    "The library; where it is not installed, a `BavqError` names the extra that brings it."
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as e:
+        what = f"{e.name or module} is not installed"
+    except ImportError as e:
+        what = f"{module} cannot be imported ({brief(str(e))})"
+    raise BavqError(f"{what}: pip install 'bavq[{extra}]'") from None
 
 # %% ../../nbs/0_core/01_config.ipynb #947bedc9
 def is_number(v) -> bool: return isinstance(v, numbers.Real) and not isinstance(v, bool) and v == v
