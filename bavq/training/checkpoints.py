@@ -15,7 +15,7 @@ from ..core.config import (BavqError, Interrupted, RunConfig, all_reduce, atomic
     config_from_dict, from_first, get_rng_state, newest_checkpoint, parallel, read_history, read_json,
     read_weights, require, require_same, set_rng_state, write_weights)
 from ..theory.metrics import LossMeter
-from ..theory.sources import epoch_order
+from .data import epoch_order
 from ..models.vqvae import VQVAE, build_model
 
 # %% auto #0

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from ..core.config import (BavqError, Interrupted, RunConfig, check_config, check_folder, parallel,
     read_json, require, run_name, stop_signals, write_history, write_json, write_weights)
-from ..theory.sources import get_dataloaders
+from .data import get_dataloaders
 from ..theory.metrics import CodeMeter, LossMeter, ReconstructionMeter, effective_rank
 from ..models.vqvae import VQVAE, VQVAEOutput, build_model
 from bavq.training.checkpoints import (Training, locate_error, restore, save_between_steps, save_checkpoint,
