@@ -80,7 +80,7 @@ class OwnEyes(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, None]: return self.features(x.clamp(-1, 1)), None
 
 def train_eyes(
-    loader,            # training batches, of `bavq.theory.sources`
+    loader,            # training batches, of `bavq.training.data`
     steps: int = 300,  # batches to train on
 ) -> OwnEyes:
     "A classifier of the training images, the same for the same images; `accuracy` is that of the last tenth of the steps."
@@ -217,7 +217,7 @@ def evaluate_runs(
     device="cpu",                # where models and judges run
 ) -> dict[str, tuple[RunConfig, Evaluation]]:
     "Evaluate every run on its test images, by name; of several, one that cannot be evaluated is named and left out."
-    from bavq.theory.sources import get_dataloaders
+    from bavq.training.data import get_dataloaders
     done, loaders, found = {}, {}, find_runs(paths)
     for name, path in found.items():
         try:
