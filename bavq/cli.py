@@ -66,10 +66,10 @@ def compare(
     "Sweep, summarise, draw, print."
     import torch
     from bavq.comparison.compare import compare_figure
-    from bavq.theory.sources import get_dataloaders
+    from bavq.training.data import get_dataloaders
     from bavq.models.vqvae import build_model
     import pandas as pd
-    from bavq.theory.statistics import METRICS, groups, summarise
+    from bavq.evaluation.summaries import METRICS, groups, summarise
     given = {k: v for k, v in dict(data=o.data, data_root=o.data_root, epochs=o.epochs).items() if v} | ({} if o.train_size == -1 else dict(train_size=o.train_size))
     study = choose(o.preset, PRESETS, "preset")
     study = study._replace(base=replace(study.base, **given), **{k: v for k in ("quantizers", "codebook_sizes", "seeds") if (v := getattr(o, k))})
@@ -94,7 +94,7 @@ def print_tables(
     baseline: str = "vq_ema",  # that it was made with
 ) -> None:
     "Both tables of a summary, as text."
-    from bavq.theory.statistics import tables
+    from bavq.evaluation.summaries import tables
     means, differences = tables(summary)
     print(f"\nmean ± half-width of its 95 % interval\n{means.to_string(index=False)}")
     if len(differences): print(f"\ndifference to {baseline} over pairs of one seed, 95 % interval, p of no difference\n{differences.to_string(index=False)}")
@@ -127,7 +127,7 @@ class Summarise:
     baseline: str = "vq_ema"     # the method that the others are compared with
 
     def __call__(self):
-        from bavq.theory.statistics import summarise
+        from bavq.evaluation.summaries import summarise
         df = load_results(self.folder)
         print_tables(summarise(df, self.baseline), self.baseline)
         if self.baseline not in set(df["method"]): print(f"\nno differences: no run is of {self.baseline}; give --baseline one of {', '.join(sorted(set(df['method'])))}")

@@ -34,10 +34,12 @@ from bavq.models.priors import make_prior
 from bavq.models.vqvae import VQVAE
 from bavq.quantizers.base import VectorQuantizer
 from bavq.studies.linear_lab import distortion_bound
-from bavq.theory import sources as data
+from bavq.theory import sources
+from bavq.training import data
 from bavq.theory.metrics import LossMeter, compute_entropy_bits
 from bavq.theory.rate_distortion import blahut_arimoto, blahut_arimoto_codebook
-from bavq.theory.statistics import minimum_detectable_effect, paired_difference, permutation_p, summarise
+from bavq.evaluation.summaries import summarise
+from bavq.theory.statistics import minimum_detectable_effect, paired_difference, permutation_p
 from bavq.training.experiments import run
 from bavq.training.loop import load_model, make_accelerator, prepare, save_checkpoint, train
 from bavq.training.prior_training import PriorConfig, extract_codes, model_codes, save_samples, train_prior
@@ -148,7 +150,7 @@ def test_labels_of_any_whole_type(tmp_path):
 
 
 def test_singular_sources():
-    assert data.gaussian_source(3, [0.0, 0.0]).abs().sum() == 0
+    assert sources.gaussian_source(3, [0.0, 0.0]).abs().sum() == 0
 
 
 def test_an_estimate_does_not_depend_on_the_batch():
@@ -319,7 +321,8 @@ def test_random_states_of_another_machine(monkeypatch):
 
 
 def test_one_run_has_one_name():
-    "Numbers of any kind, and options that are no texts, mean what they say, and the name of the run is the same."
+    """Numbers of any kind, and options that are no texts, mean what they say, and the name of the run is the
+    same."""
     plain = RunConfig(epochs=3, lr=1e-3, clip_grad=0.0, seed=1, options={"decay": "0.95"})
     other = RunConfig(epochs=3.0, lr=np.float64(1e-3), clip_grad=0, seed=np.int64(1), options={"decay": 0.95})
     assert run_name(other) == run_name(plain) and check_config(other) == plain

@@ -1,10 +1,12 @@
 #!/usr/bin/env python3
-"""Kill training at random moments, resume it, and compare with a run that was left alone: python tools/kill.py --kills 200
+"""Kill training at random moments, resume it, and compare with a run that was left alone: python
+tools/kill.py --kills 200
 
-A run is killed by SIGKILL up to ten times, wherever it is, then left to end; everything it wrote must equal the files of the
-undisturbed run, to the bit, times excepted. Half of the kills come after a random time, half a random time after the process began
-to write a checkpoint, and writes are slowed down, so that many land inside one. To afford hundreds of them, this process imports
-torch once and forks a child for every attempt; `--fresh` of the kills are dealt to new interpreters instead."""
+A run is killed by SIGKILL up to ten times, wherever it is, then left to end; everything it wrote must equal
+the files of the undisturbed run, to the bit, times excepted. Half of the kills come after a random time, half
+a random time after the process began to write a checkpoint, and writes are slowed down, so that many land
+inside one. To afford hundreds of them, this process imports torch once and forks a child for every attempt;
+`--fresh` of the kills are dealt to new interpreters instead."""
 
 import argparse
 import json
@@ -147,7 +149,8 @@ def attempt(name, folder, data, rng, kill, slow):
 
 
 def strike(pid, where, rng, kill):
-    "Kill a process, at a time or a while after it began to write a checkpoint; where it was, or None where it had ended."
+    """Kill a process, at a time or a while after it began to write a checkpoint; where it was, or None where
+    it had ended."""
     if kill:
         until = time.monotonic() + rng.uniform(0, kill)
         while time.monotonic() < until and not os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
@@ -167,7 +170,11 @@ def strike(pid, where, rng, kill):
 
 def fresh(name, folder, data, rng, kill):
     "The same in a new interpreter, whose import of torch counts as starting."
-    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import kill; kill.bavq.training.loop.SAVE_EVERY = 0.01; print('ready', flush=True); kill.work({name!r}, kill.Path({str(folder)!r}), {data!r})"
+    code = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import kill;"
+        f" kill.bavq.training.loop.SAVE_EVERY = 0.01; print('ready', flush=True); kill.work({name!r},"
+        f" kill.Path({str(folder)!r}), {data!r})"
+    )
     child = subprocess.Popen(
         [sys.executable, "-c", code],
         stdout=subprocess.PIPE,
@@ -200,7 +207,8 @@ def difference(a, b, path=""):
 
 
 def compare(whole, killed):
-    "What differs between the folders of two finished runs: weights, optimizer, buffers, generators, history, metrics; None if nothing."
+    """What differs between the folders of two finished runs: weights, optimizer, buffers, generators,
+    history, metrics; None if nothing."""
     last = sorted(whole.glob("checkpoint_epoch?.pt"))[-1].name
     for name in ("final_model.pt", last):
         if d := difference(read_weights(whole / name), read_weights(killed / name)):

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from ..core.config import BavqError, atomic_write, choose, require, typed
-from ..theory.sources import normalize, read_image
+from ..training.data import normalize, read_image
 from .evaluate import as_pixels
 from ..theory.metrics import code_counts
 from ..models.priors import Prior, load_prior, model_hash

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..core.config import (BavqError, Interrupted, RunConfig, all_reduce, atomic_write, check_config, config_from_dict, get_rng_state,
                        check_folder, checkpoints, from_first, newest_checkpoint, only_writer, parallel, read_history, read_json, read_weights, require, require_same,
                        run_name, set_rng_state, set_seed, stop_signals, write_history, write_json, write_weights)
-from ..theory.sources import Batches, epoch_order, get_dataloaders
+from .data import Batches, epoch_order, get_dataloaders
 from ..theory.metrics import CodeMeter, LossMeter, ReconstructionMeter, effective_rank
 from ..models.vqvae import VQVAE, build_model
 

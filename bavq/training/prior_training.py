@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from ..core.config import (BavqError, Interrupted, RunConfig, atomic_write, check_config, check_types, choose, newest_checkpoint, only_writer, read_json, require, set_seed,
                        stop_signals, write_history, write_json, write_weights)
-from ..theory.sources import epoch_order, get_dataloaders, read_arrays
+from .data import epoch_order, get_dataloaders, read_arrays
 from .experiments import environment
 from ..theory.metrics import code_counts
 from ..models.priors import Prior, load_prior, make_prior, model_hash
