@@ -370,7 +370,7 @@ class _Exam(NamedTuple):
 
 def _make_exam(data, data_root, image_size, batch_size, device, **judges):
     "The test images of a data set, and judges made from its training images."
-    from bavq.theory.sources import get_dataloaders
+    from bavq.training.data import get_dataloaders
     train, test = get_dataloaders(data, 1, data_root, image_size=image_size, device=device)
     for loader in (train, test):
         loader.batch_size = min(128, batch_size, loader.num_images)
