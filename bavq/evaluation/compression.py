@@ -4,7 +4,9 @@
 
 # %% ../../nbs/5_evaluation/03_compression.ipynb #d1908d85
 from __future__ import annotations
-import hashlib, struct, zlib
+import hashlib
+import struct
+import zlib
 from copy import deepcopy
 from pathlib import Path
 from typing import NamedTuple
