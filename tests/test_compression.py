@@ -1,4 +1,5 @@
-"A file comes back exactly, or as an error of one line: damage, wrong models, lies about sizes, other batch sizes and threads."
+"""A file comes back exactly, or as an error of one line: damage, wrong models, lies about sizes, other batch
+sizes and threads."""
 
 import os
 import random

@@ -8,9 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from bavq.core.config import RunConfig
-from bavq.core.errors import BavqError
-from bavq.theory.sources import cache_dir
+from bavq.core.config import BavqError, RunConfig
+from bavq.training.data import cache_dir
 from bavq.training.experiments import Ray, as_task, collect, run, sweep
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -257,7 +257,7 @@ def as_task(
 ) -> tuple[tuple, dict[str, bytes]]:
     "The outcome of a run on some machine of a cluster; and its files, where the machine does not see the sweep's folder."
     import ray, torch
-    from bavq.theory.sources import cache_dir
+    from bavq.training.data import cache_dir
     torch.set_num_threads(threads)
     if not ray.get_gpu_ids(): os.environ["ACCELERATE_USE_CPU"] = "true"   # Ray does not hide the GPUs
     if home.is_dir(): os.chdir(home)
