@@ -22,18 +22,10 @@ import bavq.training.checkpoints
 import bavq.training.data
 import bavq.training.loop
 from bavq.cli import main, parse
-from bavq.core.config import (
-    BavqError,
-    DiskError,
-    Interrupted,
-    RunConfig,
-    checkpoints,
-    newest_checkpoint,
-    read_history,
-    read_weights,
-    stop_signals,
-    write_json,
-)
+from bavq.core.config import RunConfig
+from bavq.core.errors import BavqError, DiskError
+from bavq.core.storage import (Interrupted, checkpoints, newest_checkpoint, read_history, read_weights,
+    stop_signals, write_json)
 from bavq.training.data import Batches, Image, epoch_order, get_dataloaders
 from bavq.training.experiments import run
 from bavq.training.prior_training import Codes, PriorConfig, fit_prior
