@@ -7,7 +7,8 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any
 import pandas as pd
-from ..core.config import RunConfig, require
+from ..core.config import RunConfig
+from ..core.errors import require
 from ..theory.statistics import mean_interval, paired_difference
 
 # %% auto #0

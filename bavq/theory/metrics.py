@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from ..core.config import all_reduce, choose, parallel, require, typed
+from ..core.distributed import all_reduce, parallel
+from ..core.errors import choose, require, typed
 
 # %% auto #0
 __all__ = ['PSNR_CONVENTIONS', 'psnr_from_mse', 'to_unit', 'image_errors', 'compute_psnr', 'ReconstructionMeter', 'code_counts',

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 import torch
 from torch import Tensor
-from ..core.config import require, typed, as_numbers
+from ..core.errors import require, typed, as_numbers
 
 # %% auto #0
 __all__ = ['BAResult', 'blahut_arimoto', 'certificates', 'blahut_arimoto_codebook', 'rd_curve', 'bernoulli_rd', 'gaussian_rd',

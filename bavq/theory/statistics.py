@@ -10,7 +10,7 @@ from typing import Any, Union
 import numpy as np
 import pandas as pd
 from scipy import optimize, stats
-from ..core.config import require
+from ..core.errors import require
 from ..core.plots import MethodStyle, figure, house_style, method_label, method_style
 
 # %% auto #0
