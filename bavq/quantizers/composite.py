@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from ..core.config import BavqError, is_whole, require, typed
+from ..core.errors import BavqError, is_whole, require, typed
 from .base import (Quantized, check_indices, from_rows, full_precision, make_quantizer,
                                   register_quantizer, to_rows)
 from ..theory.metrics import compute_perplexity
