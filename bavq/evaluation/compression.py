@@ -14,13 +14,14 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from ..core.config import BavqError, atomic_write, choose, needs, require, typed
+from ..core.errors import BavqError, choose, needs, require, typed
+from ..core.storage import atomic_write
 from ..training.data import normalize, read_image
 from .evaluate import as_pixels
 from ..theory.metrics import code_counts
 from ..models.priors import Prior, load_prior, model_hash
 from ..models.vqvae import VQVAE
-from ..training.loop import load_model
+from ..training.checkpoints import load_model
 
 # %% auto #0
 __all__ = ['encode_indices', 'decode_indices', 'Header', 'read_header', 'image_codes', 'compress', 'read_codes', 'decompress',
