@@ -2,7 +2,8 @@
 
 __version__ = "0.1.0"
 
-from bavq.core.config import BavqError, RunConfig
+from bavq.core.config import RunConfig
+from bavq.core.errors import BavqError
 from bavq.models.vqvae import VQVAE, VQVAE2
 from bavq.quantizers.adapters import as_vector_quantize
 from bavq.quantizers.ba_vq import BAQuantizer

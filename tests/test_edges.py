@@ -15,17 +15,10 @@ from PIL import Image
 
 from bavq.comparison.compare import name_arms, verdict
 from bavq.comparison.explore import make_schedule
-from bavq.core.config import (
-    BavqError,
-    DiskError,
-    RunConfig,
-    check_config,
-    get_rng_state,
-    newest_checkpoint,
-    require_same,
-    run_name,
-    set_rng_state,
-)
+from bavq.core.config import RunConfig, check_config, require_same, run_name
+from bavq.core.distributed import get_rng_state, set_rng_state
+from bavq.core.errors import BavqError, DiskError
+from bavq.core.storage import newest_checkpoint
 from bavq.core.plots import cell_borders
 from bavq.evaluation.evaluate import evaluate, operating_point
 from bavq.evaluation.reports import load_weights, report

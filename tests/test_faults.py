@@ -17,23 +17,15 @@ import pytest
 import torch
 from torch.utils.data import get_worker_info
 
-import bavq.core.config
+import bavq.core.storage
 import bavq.training.checkpoints
 import bavq.training.data
 import bavq.training.loop
 from bavq.cli import main, parse
-from bavq.core.config import (
-    BavqError,
-    DiskError,
-    Interrupted,
-    RunConfig,
-    checkpoints,
-    newest_checkpoint,
-    read_history,
-    read_weights,
-    stop_signals,
-    write_json,
-)
+from bavq.core.config import RunConfig
+from bavq.core.errors import BavqError, DiskError
+from bavq.core.storage import (Interrupted, checkpoints, newest_checkpoint, read_history, read_weights,
+    stop_signals, write_json)
 from bavq.training.data import Batches, Image, epoch_order, get_dataloaders
 from bavq.training.experiments import run
 from bavq.training.prior_training import Codes, PriorConfig, fit_prior
@@ -270,7 +262,7 @@ def test_a_folder_that_cannot_be_written(monkeypatch, here):
     def refuse(*_, **__):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(bavq.core.config.tempfile, "mkstemp", refuse)
+    monkeypatch.setattr(bavq.core.storage.tempfile, "mkstemp", refuse)
     with pytest.raises(DiskError, match="Permission denied"):
         run(TINY, here, progress=False)
     assert not list(Path("run").glob("c*"))

@@ -17,16 +17,9 @@ import pytest
 import torch
 
 import bavq
-from bavq.core.config import (
-    BavqError,
-    RunConfig,
-    check_config,
-    config_from_dict,
-    newest_checkpoint,
-    read_json,
-    read_weights,
-    write_json,
-)
+from bavq.core.config import RunConfig, check_config, config_from_dict
+from bavq.core.errors import BavqError
+from bavq.core.storage import newest_checkpoint, read_json, read_weights, write_json
 from bavq.evaluation.reports import load_weights, weights_from
 from bavq.models.priors import load_prior, make_prior
 from bavq.quantizers.base import make_quantizer

@@ -32,15 +32,9 @@ import bavq.theory.rate_distortion as rd
 import bavq.theory.sources as sources
 import bavq.training.data as data
 from bavq.cli import main
-from bavq.core.config import (
-    BavqError,
-    RunConfig,
-    check_config,
-    config_from_dict,
-    read_json,
-    read_weights,
-    write_json,
-)
+from bavq.core.config import RunConfig, check_config, config_from_dict
+from bavq.core.errors import BavqError
+from bavq.core.storage import read_json, read_weights, write_json
 from bavq.models.priors import load_prior, make_prior
 from bavq.training.experiments import environment, load_results, read_config, run, sweep
 from bavq.training.checkpoints import load_model

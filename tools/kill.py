@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 os.environ |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
@@ -29,11 +30,12 @@ import torch
 import torch._dynamo  # noqa: F401
 import tqdm.auto  # noqa: F401
 
-import bavq.core.config
+import bavq.core.storage
 import bavq.training.checkpoints
 import bavq.training.loop
 import bavq.training.prior_training
-from bavq.core.config import RunConfig, read_history, read_weights, write_json
+from bavq.core.config import RunConfig
+from bavq.core.storage import read_history, read_weights, write_json
 from bavq.training.experiments import environment, run
 from bavq.training.prior_training import Codes, PriorConfig, fit_prior
 
@@ -93,7 +95,7 @@ def work(name, folder, data):
     if isinstance(config, PriorConfig):
         return fit_prior(config, codes(), folder, resume=True, progress=False)
     return run(
-        bavq.core.config.replace(config, name=folder.name, data=data),
+        replace(config, name=folder.name, data=data),
         folder.parent,
         resume=True,
         progress=False,
@@ -130,7 +132,7 @@ def instrument(where, slow):
             mark(module, "rest_of_epoch", 2, where)
     mark(bavq.training.loop, "validate", 3, where)
     mark(bavq.training.prior_training, "bits_per_code", 3, where)
-    mark(bavq.core.config._Noted, "write", lambda now: now, where, slow)
+    mark(bavq.core.storage._ErrorKeeper, "write", lambda now: now, where, slow)
     mark(os, "replace", lambda now: 5 if now == 4 else now, where, slow)
 
 

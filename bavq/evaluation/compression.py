@@ -13,7 +13,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from ..core.config import BavqError, atomic_write, choose, require, typed
+from ..core.errors import BavqError, choose, require, typed
+from ..core.storage import atomic_write
 from ..training.data import normalize, read_image
 from .evaluate import as_pixels
 from ..theory.metrics import code_counts

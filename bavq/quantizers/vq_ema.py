@@ -7,7 +7,8 @@ from __future__ import annotations
 import importlib
 import torch
 from torch import Tensor, nn
-from ..core.config import BavqError, all_reduce, from_first, require, row_place, typed
+from ..core.distributed import all_reduce, from_first, row_place
+from ..core.errors import BavqError, require, typed
 from ..theory.metrics import code_counts, compute_perplexity, compute_usage_rate
 from .base import Quantized, Quantizer, from_rows, full_precision, init_uniform, latent_rows, quantize, register_quantizer
 

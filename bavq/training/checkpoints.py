@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 import torch
 from torch import nn
-from ..core.config import (BavqError, Interrupted, RunConfig, all_reduce, atomic_write, checkpoints,
-    config_from_dict, from_first, get_rng_state, newest_checkpoint, parallel, read_history, read_json,
-    read_weights, require, require_same, set_rng_state, write_weights)
+from ..core.config import RunConfig, config_from_dict, require_same
+from ..core.distributed import all_reduce, from_first, get_rng_state, parallel, set_rng_state
+from ..core.errors import BavqError, require
+from ..core.storage import (Interrupted, atomic_write, checkpoints, newest_checkpoint, read_history,
+    read_json, read_weights, write_weights)
 from ..theory.metrics import LossMeter
 from .data import epoch_order
 from ..models.vqvae import VQVAE, build_model

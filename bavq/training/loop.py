@@ -14,8 +14,11 @@ from pathlib import Path
 from typing import Any
 import torch
 from torch import Tensor, nn
-from ..core.config import (BavqError, Interrupted, RunConfig, check_config, check_folder, parallel,
-    read_json, require, run_name, stop_signals, write_history, write_json, write_weights)
+from ..core.config import RunConfig, check_config, run_name
+from ..core.distributed import parallel
+from ..core.errors import BavqError, require
+from ..core.storage import (Interrupted, check_folder, read_json, stop_signals, write_history,
+    write_json, write_weights)
 from .data import get_dataloaders
 from ..theory.metrics import CodeMeter, LossMeter, ReconstructionMeter, effective_rank
 from ..models.vqvae import VQVAE, VQVAEOutput, build_model

@@ -12,8 +12,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from ..core.config import (BavqError, Interrupted, RunConfig, atomic_write, check_config, check_types, choose, newest_checkpoint, only_writer, read_json, require, set_seed,
-                       stop_signals, write_history, write_json, write_weights)
+from ..core.config import RunConfig, check_config
+from ..core.distributed import set_seed
+from ..core.errors import BavqError, check_types, choose, require
+from ..core.storage import (Interrupted, atomic_write, newest_checkpoint, only_writer, read_json,
+    stop_signals, write_history, write_json, write_weights)
 from .data import epoch_order, get_dataloaders, read_arrays
 from .experiments import environment
 from ..theory.metrics import code_counts
