@@ -11,8 +11,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from bavq.core.config import (BavqError, choose, is_whole, newest_checkpoint, read_json, read_weights,
-    require, typed)
+from ..core.errors import BavqError, choose, is_whole, require, typed
+from ..core.storage import newest_checkpoint, read_json, read_weights
 
 # %% auto #0
 __all__ = ['Prior', 'filter_logits', 'PixelCNN', 'TransformerPrior', 'MaskGIT', 'sample_levels', 'make_prior', 'load_prior',
