@@ -1,4 +1,5 @@
-"A file comes back exactly, or as an error of one line: damage, wrong models, lies about sizes, other batch sizes and threads."
+"""A file comes back exactly, or as an error of one line: damage, wrong models, lies about sizes, other batch
+sizes and threads."""
 
 import os
 import random
@@ -6,7 +7,8 @@ import random
 import pytest
 import torch
 
-from bavq.core.config import BavqError, set_seed
+from bavq.core.distributed import set_seed
+from bavq.core.errors import BavqError
 from bavq.evaluation.compression import (
     CODINGS,
     DIGEST,
@@ -16,7 +18,7 @@ from bavq.evaluation.compression import (
     decompress,
     digest,
     image_codes,
-    plan,
+    plan_files,
     read_codes,
     read_header,
 )
@@ -205,7 +207,7 @@ def test_two_files_never_become_one(tmp_path):
     for name in ("a.bavq", "a.png.bavq"):
         (tmp_path / "in" / name).write_bytes(b"")
     with pytest.raises(BavqError, match="two files of .* would both become a.png"):
-        plan(
+        plan_files(
             tmp_path / "in",
             tmp_path / "out",
             (".bavq",),

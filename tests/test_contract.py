@@ -1,5 +1,5 @@
-"""The contract of a quantizer (01_base), for every registered one: random sizes, scales and seeds, in float32 and
-under bfloat16 autocast, for rows and for maps."""
+"""The contract of a quantizer (01_base), for every registered one: random sizes, scales and seeds, in float32
+and under bfloat16 autocast, for rows and for maps."""
 
 import contextlib
 import copy
@@ -21,7 +21,8 @@ for path in sorted(Path(bavq.__file__).parent.rglob("*.py")):  # whatever regist
             ".".join(path.relative_to(Path(bavq.__file__).parent.parent).with_suffix("").parts)
         )
 
-from bavq.quantizers.base import QUANTIZERS, RULES, check_quantizer, make_quantizer, rotate
+from bavq.quantizers.base import QUANTIZERS, make_quantizer, rotate
+from bavq.quantizers.contract import RULES, check_quantizer
 from bavq.quantizers.remedies import entropy_term, with_losses
 
 PEER = importlib.util.find_spec("vector_quantize_pytorch") is not None
@@ -51,9 +52,12 @@ every_shape = pytest.mark.parametrize("shape", SHAPES)
 def case(name, size, K, scale, seed, shape, precision, steps=2):
     "A quantizer after a few training steps, and latents it has not seen."
     torch.manual_seed(seed)
-    make = lambda: (scale * torch.randn(SHAPES[shape](*size))).to(
-        torch.bfloat16 if precision == "bfloat16" else torch.float32
-    )
+
+    def make():
+        return (scale * torch.randn(SHAPES[shape](*size))).to(
+            torch.bfloat16 if precision == "bfloat16" else torch.float32
+        )
+
     q = make_quantizer(name, K, size[1]).train()
     with PRECISIONS[precision]():
         for step in range(steps):
@@ -177,7 +181,8 @@ def test_composites_of_everything(name, base):
     seed=st.integers(0, 2**16),
 )
 def test_extreme_latents_stay_finite_or_are_refused(name, exponent, n, equal, shift, seed):
-    "Any scale from 1e-20 to 1e20, all latents alike, one alone, fewer than codes: output, losses, gradients and state are finite, or one line says why not."
+    """Any scale from 1e-20 to 1e20, all latents alike, one alone, fewer than codes: output, losses, gradients
+    and state are finite, or one line says why not."""
     torch.manual_seed(seed)
     z = (torch.randn(1, 8).expand(n, 8) if equal else torch.randn(n, 8)) * 10.0**exponent + shift
     q, z = make_quantizer(name, 16, 8).train(), z.clone().requires_grad_(True)
@@ -207,7 +212,8 @@ SEARCHED = ("vq", "vq_ema", "ba_vq", "gumbel")
 
 @pytest.mark.parametrize("name", SEARCHED)
 def test_codes_that_were_given_stay(name):
-    "Codes set by hand, or loaded from a file that does not say whether they were set, are not set again by the first batch."
+    """Codes set by hand, or loaded from a file that does not say whether they were set, are not set again by
+    the first batch."""
     torch.manual_seed(0)
     codes = 5 + torch.randn(16, 8)
     z = codes[torch.randint(16, (500,))]  # k-means++ would take the same points in another order
@@ -276,9 +282,9 @@ def test_what_cannot_be_joined_is_refused():
         dict(name="product", base="vq_ema_growing"),
         dict(name="product", base="residual", levels="8,8", dropout=0.5),
     ):
-        with pytest.raises(bavq.core.config.BavqError, match="cannot be joined|outermost"):
+        with pytest.raises(bavq.core.errors.BavqError, match="cannot be joined|outermost"):
             make_quantizer(num_embeddings=4096, embedding_dim=8, **options)
-    with pytest.raises(bavq.core.config.BavqError, match="until 0"):
+    with pytest.raises(bavq.core.errors.BavqError, match="until 0"):
         make_quantizer("vq_ema_growing", 64, 8, until=0)
 
 
@@ -309,7 +315,7 @@ def test_whole_numbers_of_any_kind():
 def test_a_price_without_end_is_refused():
     for name, option in (("ba_vq", "beta"), ("gumbel", "temperature")):
         for value in (float("inf"), 1e38, 1e-38):
-            pytest.raises(bavq.core.config.BavqError, make_quantizer, name, 16, 4, **{option: value})
+            pytest.raises(bavq.core.errors.BavqError, make_quantizer, name, 16, 4, **{option: value})
     q = make_quantizer("ba_vq", 16, 4, beta=1e12).train()
     for _ in range(3):
         q(torch.randn(64, 4))

@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
 """Give bavq a thousand and more bad inputs: python tools/bad_input.py --out results/safety/bad_input.json
 
-Every case must end in a BavqError of one line that names a cause and a cure (a command: exit code 2, one line, no traceback), and must
-leave the folder as it was: no file half-written, none overwritten. Cases are generated from lists of what can be wrong with a value of
-a kind; `--seed` and `--share` pick a part of them."""
+Every case must end in a BavqError of one line that names a cause and a cure (a command: exit code 2, one
+line, no traceback), and must leave the folder as it was: no file half-written, none overwritten. Cases are
+generated from lists of what can be wrong with a value of a kind; `--seed` and `--share` pick a part of
+them."""
 
 import argparse
 import contextlib
@@ -23,6 +24,7 @@ from pathlib import Path
 os.environ |= {"ACCELERATE_USE_CPU": "true"}
 import numpy as np
 import torch
+from PIL import Image
 
 import bavq
 import bavq.evaluation.compression as compression
@@ -31,18 +33,12 @@ import bavq.theory.rate_distortion as rd
 import bavq.theory.sources as sources
 import bavq.training.data as data
 from bavq.cli import main
-from bavq.core.config import (
-    BavqError,
-    RunConfig,
-    check_config,
-    config_from_dict,
-    read_json,
-    read_weights,
-    write_json,
-)
+from bavq.core.config import RunConfig, check_config, config_from_dict
+from bavq.core.errors import BavqError
+from bavq.core.storage import read_json, read_weights, write_json
 from bavq.models.priors import load_prior, make_prior
 from bavq.training.experiments import environment, load_results, read_config, run, sweep
-from bavq.training.loop import load_model
+from bavq.training.checkpoints import load_model
 from bavq.training.prior_training import PriorConfig, prepare_prior
 
 NAN, INF = float("nan"), float("inf")
@@ -347,7 +343,8 @@ def damage(whole, rng):
 
 
 def files(folder):
-    "Yields (format, what is wrong, call) of damaged and foreign files; a change that the reader may not see is left out."
+    """Yields (format, what is wrong, call) of damaged and foreign files; a change that the reader may not see
+    is left out."""
     rng = random.Random(0)
     torch.save({"a": torch.randn(100)}, folder / "w.pt")
     readers = {
