@@ -6,7 +6,7 @@
 from __future__ import annotations
 import torch
 from torch import Tensor
-from ..core.config import as_numbers, require, typed
+from ..core.errors import as_numbers, require, typed
 
 # %% auto #0
 __all__ = ['gaussian_source', 'bernoulli_source', 'mixture_source']

@@ -25,7 +25,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 from torch.utils.weak import WeakIdKeyDictionary
-from ..core.config import BavqError, atomic_write, needs, require, typed
+from ..core.errors import BavqError, needs, require, typed
+from ..core.storage import atomic_write
 from ..core.registry import Registry
 
 if TYPE_CHECKING:
@@ -306,7 +307,7 @@ def load_photos() -> ImageData:
     return as_image_data(arrays, "photos", list(PHOTOS))
 
 # %% ../../nbs/4_training/01_data.ipynb #f1c025be
-TORCHVISION = {"cifar10": "CIFAR10", "mnist": "MNIST", "fashion_mnist": "FashionMNIST"}   # class in torchvision
+TORCHVISION = {"cifar10": "CIFAR10", "mnist": "MNIST", "fashion_mnist": "FashionMNIST"}
 
 def load_torchvision(
     name: str,               # in `TORCHVISION`
@@ -527,7 +528,7 @@ def choose_side(
     files: Sequence[str],  # pictures
     size: int = 0,         # wanted side; 0: choose
 ) -> int:
-    "The side of a folder's images, in pixels: their own if all are squares of one size, 4 a divisor; else 32."
+    "The side of a folder's images, in pixels: their own if they are squares of one such size, or 32."
     if size:
         return size
     some = files[:: max(1, len(files) // 64)]   # evenly chosen
@@ -688,11 +689,12 @@ def _check_batches(images, labels, batch_size, train, world_size):
     possible = batch_size >= 1 and (batch_size <= n or not train)
     require(possible, f"batch_size is {batch_size}, with {n} images: give 1 to {n}")
     shared = batch_size % world_size == 0
-    require(shared, f"batch_size is {batch_size}, for {world_size} processes: give a multiple of {world_size}")
+    given = f"batch_size is {batch_size}, for {world_size} processes"
+    require(shared, f"{given}: give a multiple of {world_size}")
 
 # %% ../../nbs/4_training/01_data.ipynb #2fa55ac8
 class Batches:
-    "Batches of one uint8 tensor; iterates over (images in [-1, 1], labels) of the epoch and the step set last."
+    "Batches of one uint8 tensor; iterates over (images in [-1, 1], labels) of the epoch and step set last."
     dataset_name: str = ""   # set by `get_dataloaders`
     fingerprint: str = ""    # of the whole data set, train and test; set by `get_dataloaders`
 
@@ -807,7 +809,8 @@ def _collate_unless_error(items):
     return errors[0] if errors else default_collate(items)
 
 def _ignore_sigterm(worker):
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)   # sent to the whole group; the training process saves first
+    # the signal is sent to the whole group, and the training process saves first
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 def _was_killed(process):
     process.join(0.2)
