@@ -69,7 +69,7 @@ def compare(
     import torch
     from bavq.comparison.compare import compare_figure
     from bavq.training.data import get_dataloaders
-    from bavq.models.vqvae import build_model
+    from bavq.models.vqvae2 import build_model
     import pandas as pd
     from bavq.evaluation.summaries import METRICS, groups, summarise
     given = {k: v for k, v in dict(data=o.data, data_root=o.data_root, epochs=o.epochs).items() if v} | ({} if o.train_size == -1 else dict(train_size=o.train_size))
