@@ -213,7 +213,7 @@ class Lab:
     out: str = "experiments/linear_lab"  # folder for JSON and PNG files
 
     def __call__(self):
-        from bavq.studies.linear_lab import lab_quick, lab_studies
+        from bavq.studies.linear_lab_studies import lab_quick, lab_studies
         if self.what == "quick": lab_quick(self.K, self.steps, self.commitment, self.seeds or 3, self.out)
         else: lab_studies(self.K, self.steps, self.commitment, self.seeds or 10, out=self.out, figures=self.out)
 
