@@ -288,7 +288,7 @@ class Lab:
 
     def __call__(self):
         needs("pandas", extra="eval")
-        from bavq.studies.linear_lab import lab_quick, lab_studies
+        from bavq.studies.linear_lab_studies import lab_quick, lab_studies
         if self.what == "quick":
             lab_quick(self.K, self.steps, self.commitment, self.seeds or 3, self.out)
             return
