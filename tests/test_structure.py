@@ -234,7 +234,7 @@ def reach_of_import_bavq():
 
 
 def test_requirements_cover_every_import():
-    """`import bavq` needs no more than `requirements`, the rest of the package an extra, the notebooks theirs."""
+    "`import bavq` needs no more than `requirements`, the rest of the package an extra, the notebooks theirs."
     required = requirements()
     owners = packages_distributions()
 
