@@ -2,8 +2,9 @@
 
 __version__ = "0.1.0"
 
-from bavq.core.config import BavqError, RunConfig
-import bavq.quantizers.specified  # noqa: F401, registers both forms as specified
+from bavq.core.config import RunConfig
+from bavq.core.errors import BavqError
+from bavq.quantizers import specified as _specified  # noqa: F401, registers both forms
 from bavq.models.vqvae import VQVAE, VQVAE2
 from bavq.quantizers.adapters import as_vector_quantize
 from bavq.quantizers.ba_vq import BAQuantizer

@@ -14,7 +14,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal, Union
 import tyro
-from .core.config import BavqError, RunConfig, check_config, choose, require, run_name, write_json
+from .core.config import RunConfig, check_config, run_name
+from .core.errors import BavqError, choose, require
+from .core.storage import write_json
 from bavq.training.experiments import (PRESETS, Ray, cores, load_results, only_process, read_config, run,
     study_configs, sweep)
 from .training.prior_training import PriorConfig

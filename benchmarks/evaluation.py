@@ -32,7 +32,7 @@ def images(n):
 
 def model(loader):
     "A model of the preset `quick`, as it is after its first batch."
-    from bavq.core.config import set_seed
+    from bavq.core.distributed import set_seed
     from bavq.models.vqvae import VQVAE
 
     set_seed(0)
@@ -108,7 +108,7 @@ def measured(kind, name, n):
 
 
 def main(n=60_000):
-    from bavq.core.config import write_json
+    from bavq.core.storage import write_json
     from bavq.training.experiments import environment
 
     parts = {}

@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 
-from bavq.core.config import write_json
+from bavq.core.storage import write_json
 from bavq.training.experiments import environment
 
 

@@ -16,7 +16,7 @@ import torch
 from measure import ROOT, interleaved, peak_bytes, record
 
 import bavq.models.vqvae  # registers the quantizers
-from bavq.core.config import set_seed
+from bavq.core.distributed import set_seed
 from bavq.quantizers.base import make_quantizer, nearest_code
 from bavq.quantizers.adapters import peer_library
 

@@ -21,9 +21,10 @@ from unittest import mock
 
 import torch
 
-from bavq.core.config import RunConfig, run_name, write_json
+from bavq.core.config import RunConfig, run_name
+from bavq.core.storage import write_json
 from bavq.training.experiments import Ray, load_results, run, sweep
-from bavq.core.config import read_history
+from bavq.core.storage import read_history
 
 # before Ray is imported: a busy machine starts its processes slowly
 os.environ |= dict(

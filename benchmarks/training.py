@@ -34,7 +34,9 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 
-from bavq.core.config import RunConfig, set_seed, write_json
+from bavq.core.config import RunConfig
+from bavq.core.distributed import set_seed
+from bavq.core.storage import write_json
 from bavq.training.data import PHOTOS, get_dataloaders, photo_path
 from bavq.training.experiments import cores
 from bavq.quantizers.base import (

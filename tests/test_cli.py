@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from bavq.cli import main, parse
-from bavq.core.config import BavqError, RunConfig
+from bavq.core.config import RunConfig
+from bavq.core.errors import BavqError
 from bavq.training.experiments import sweep
 
 ROOT = Path(__file__).resolve().parent.parent

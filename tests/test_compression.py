@@ -7,7 +7,8 @@ import random
 import pytest
 import torch
 
-from bavq.core.config import BavqError, set_seed
+from bavq.core.distributed import set_seed
+from bavq.core.errors import BavqError
 from bavq.evaluation.compression import (
     CODINGS,
     DIGEST,

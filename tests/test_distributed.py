@@ -13,7 +13,8 @@ import psutil
 import pytest
 import torch
 
-from bavq.core.config import RunConfig, only_writer
+from bavq.core.config import RunConfig
+from bavq.core.storage import only_writer
 from bavq.training.experiments import first_steps
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -17,22 +17,15 @@ import pytest
 import torch
 from torch.utils.data import get_worker_info
 
-import bavq.core.config
+import bavq.core.storage
+import bavq.training.checkpoints
 import bavq.training.data
 import bavq.training.loop
 from bavq.cli import main, parse
-from bavq.core.config import (
-    BavqError,
-    DiskError,
-    Interrupted,
-    RunConfig,
-    checkpoints,
-    newest_checkpoint,
-    read_history,
-    read_weights,
-    stop_signals,
-    write_json,
-)
+from bavq.core.config import RunConfig
+from bavq.core.errors import BavqError, DiskError
+from bavq.core.storage import (Interrupted, checkpoints, newest_checkpoint, read_history, read_weights,
+    stop_signals, write_json)
 from bavq.training.data import Batches, Image, epoch_order, get_dataloaders
 from bavq.training.experiments import run
 from bavq.training.prior_training import Codes, PriorConfig, fit_prior
@@ -202,7 +195,7 @@ def test_in_another_thread_signals_are_left_alone():
 
 def test_long_epochs_are_saved_within(monkeypatch):
     "A checkpoint is due by the clock, not only by the epoch."
-    monkeypatch.setattr(bavq.training.loop, "SAVE_EVERY", 0)
+    monkeypatch.setattr(bavq.training.checkpoints, "SAVE_EVERY", 0)
     with at_batch(8, lambda batch: (_ for _ in ()).throw(MemoryError())), pytest.raises(MemoryError):
         train()
     assert [p.name for p in checkpoints(Path("run"))] == [
@@ -210,7 +203,7 @@ def test_long_epochs_are_saved_within(monkeypatch):
         "checkpoint_epoch1_step2.pt",
     ]
     train()
-    monkeypatch.setattr(bavq.training.loop, "SAVE_EVERY", 600)
+    monkeypatch.setattr(bavq.training.checkpoints, "SAVE_EVERY", 600)
     assert undisturbed(train, Path("run"))
 
 
@@ -269,7 +262,7 @@ def test_a_folder_that_cannot_be_written(monkeypatch, here):
     def refuse(*_, **__):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(bavq.core.config.tempfile, "mkstemp", refuse)
+    monkeypatch.setattr(bavq.core.storage.tempfile, "mkstemp", refuse)
     with pytest.raises(DiskError, match="Permission denied"):
         run(TINY, here, progress=False)
     assert not list(Path("run").glob("c*"))

@@ -17,22 +17,15 @@ import pytest
 import torch
 
 import bavq
-from bavq.core.config import (
-    BavqError,
-    RunConfig,
-    check_config,
-    config_from_dict,
-    newest_checkpoint,
-    read_json,
-    read_weights,
-    write_json,
-)
+from bavq.core.config import RunConfig, check_config, config_from_dict
+from bavq.core.errors import BavqError
+from bavq.core.storage import newest_checkpoint, read_json, read_weights, write_json
 from bavq.evaluation.reports import load_weights, weights_from
 from bavq.models.priors import load_prior, make_prior
 from bavq.quantizers.base import make_quantizer
 from bavq.training.data import load_images, read_arrays, read_image
 from bavq.training.experiments import read_config, run
-from bavq.training.loop import load_model
+from bavq.training.checkpoints import load_model
 from bavq.training.prior_training import extract_codes
 
 SOURCES = sorted(Path(bavq.__file__).parent.glob("*.py"))

@@ -8,7 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from bavq.core.config import BavqError, RunConfig
+from bavq.core.config import RunConfig
+from bavq.core.errors import BavqError
 from bavq.training.data import cache_dir
 from bavq.training.experiments import Ray, as_task, collect, run, sweep
 

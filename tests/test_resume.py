@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bavq.core.config import BavqError, RunConfig
+from bavq.core.config import RunConfig
+from bavq.core.errors import BavqError
 from bavq.training.experiments import run
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -32,18 +32,12 @@ import bavq.theory.rate_distortion as rd
 import bavq.theory.sources as sources
 import bavq.training.data as data
 from bavq.cli import main
-from bavq.core.config import (
-    BavqError,
-    RunConfig,
-    check_config,
-    config_from_dict,
-    read_json,
-    read_weights,
-    write_json,
-)
+from bavq.core.config import RunConfig, check_config, config_from_dict
+from bavq.core.errors import BavqError
+from bavq.core.storage import read_json, read_weights, write_json
 from bavq.models.priors import load_prior, make_prior
 from bavq.training.experiments import environment, load_results, read_config, run, sweep
-from bavq.training.loop import load_model
+from bavq.training.checkpoints import load_model
 from bavq.training.prior_training import PriorConfig, prepare_prior
 
 NAN, INF = float("nan"), float("inf")

@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 os.environ |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
@@ -29,10 +30,12 @@ import torch
 import torch._dynamo  # noqa: F401
 import tqdm.auto  # noqa: F401
 
-import bavq.core.config
+import bavq.core.storage
+import bavq.training.checkpoints
 import bavq.training.loop
 import bavq.training.prior_training
-from bavq.core.config import RunConfig, read_history, read_weights, write_json
+from bavq.core.config import RunConfig
+from bavq.core.storage import read_history, read_weights, write_json
 from bavq.training.experiments import environment, run
 from bavq.training.prior_training import Codes, PriorConfig, fit_prior
 
@@ -92,7 +95,7 @@ def work(name, folder, data):
     if isinstance(config, PriorConfig):
         return fit_prior(config, codes(), folder, resume=True, progress=False)
     return run(
-        bavq.core.config.replace(config, name=folder.name, data=data),
+        replace(config, name=folder.name, data=data),
         folder.parent,
         resume=True,
         progress=False,
@@ -116,18 +119,20 @@ def mark(module, function, place, where, slow=0.0):
 
 def instrument(where, slow):
     "Say where the process is, write slowly, and write a checkpoint every few steps."
-    bavq.training.loop.SAVE_EVERY = 0.01
-    for module in (bavq.training.loop, bavq.training.prior_training):
-        mark(module, "save_checkpoint", 6, where)
+    bavq.training.checkpoints.SAVE_EVERY = 0.01
+    modules = bavq.training.checkpoints, bavq.training.loop, bavq.training.prior_training
+    for module in modules:
         for function in ("write_json", "write_history", "write_weights"):
-            mark(module, function, lambda now: 4 if now in (4, 6) else 7, where)
+            if hasattr(module, function):
+                mark(module, function, lambda now: 4 if now in (4, 6) else 7, where)
+        mark(module, "save_checkpoint", 6, where)
+        if hasattr(module, "restore_state"):
+            mark(module, "restore_state", 1, where)
+        if hasattr(module, "rest_of_epoch"):
+            mark(module, "rest_of_epoch", 2, where)
     mark(bavq.training.loop, "validate", 3, where)
     mark(bavq.training.prior_training, "bits_per_code", 3, where)
-    mark(bavq.training.loop, "put_back", 1, where)
-    mark(bavq.training.prior_training, "put_back", 1, where)
-    for module in (bavq.training.loop, bavq.training.prior_training):
-        mark(module, "rest_of_epoch", 2, where)
-    mark(bavq.core.config._Noted, "write", lambda now: now, where, slow)
+    mark(bavq.core.storage._ErrorKeeper, "write", lambda now: now, where, slow)
     mark(os, "replace", lambda now: 5 if now == 4 else now, where, slow)
 
 
@@ -172,7 +177,7 @@ def fresh(name, folder, data, rng, kill):
     "The same in a new interpreter, whose import of torch counts as starting."
     code = (
         f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import kill;"
-        f" kill.bavq.training.loop.SAVE_EVERY = 0.01; print('ready', flush=True); kill.work({name!r},"
+        f" kill.bavq.training.checkpoints.SAVE_EVERY = 0.01; print('ready', flush=True); kill.work({name!r},"
         f" kill.Path({str(folder)!r}), {data!r})"
     )
     child = subprocess.Popen(

@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from bavq.core.config import write_json  # noqa: E402
+from bavq.core.storage import write_json  # noqa: E402
 
 TESTS = "tests/test_hostile.py", "tests/test_faults.py", "tests/test_contract.py"
 

@@ -9,7 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Iterable, Sequence
 import pandas as pd
-from ..core.config import RunConfig, atomic_write, require
+from ..core.config import RunConfig
+from ..core.errors import require
+from ..core.storage import atomic_write
 from ..evaluation.summaries import groups, summarise
 from ..theory.statistics import holm
 from ..training.experiments import ANSWER

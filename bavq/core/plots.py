@@ -14,7 +14,7 @@ from matplotlib.collections import LineCollection
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from scipy.spatial import Voronoi
 from torchvision.utils import make_grid
-from .config import require
+from .errors import require
 
 # %% auto #0
 __all__ = ['METHODS', 'COLORS', 'METHOD_LABELS', 'STYLE', 'MethodStyle', 'method_style', 'method_color', 'method_label',

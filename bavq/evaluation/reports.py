@@ -17,14 +17,16 @@ from typing import TYPE_CHECKING, Any, Iterable, Iterator, NamedTuple, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from ..core.config import (BavqError, RunConfig, choose, config_from_dict, get_rng_state, needs, require,
-    set_rng_state, write_json)
+from ..core.config import RunConfig, config_from_dict
+from ..core.distributed import get_rng_state, set_rng_state
+from ..core.errors import BavqError, choose, needs, require
+from ..core.storage import write_json
 from .evaluate import Evaluation, Judges, as_pixels, evaluate, evaluation_figure, in_colour
 from ..quantizers.base import QUANTIZERS
-from ..core.config import read_json, read_weights
+from ..core.storage import read_json, read_weights
 from ..models.vqvae import build_model
 from ..training.experiments import environment
-from ..training.loop import load_model
+from ..training.checkpoints import load_model
 from ..models.vqvae import VQVAE
 
 # %% auto #0

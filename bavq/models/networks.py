@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import nn
-from ..core.config import require
+from ..core.errors import require
 
 # %% auto #0
 __all__ = ['ResidualBlock', 'check_images', 'Encoder', 'FiLM', 'check_labels', 'Decoder', 'Coarsen', 'Refine']

@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import Any
 import torch
 from torch import Tensor, nn
-from ..core.config import BavqError, require
+from ..core.errors import BavqError, require
 from .base import (Quantized, Quantizer, from_rows, full_precision, latent_rows, quantize,
                                   register_quantizer)
 from .vq_ema import VQEMAQuantizer

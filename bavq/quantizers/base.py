@@ -10,7 +10,8 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from ..core.config import BavqError, choose, from_first, gather_rows, require, typed
+from ..core.distributed import from_first, gather_rows
+from ..core.errors import BavqError, choose, require, typed
 from ..core.registry import Registry
 from ..theory.metrics import code_counts, compute_perplexity, compute_usage_rate
 

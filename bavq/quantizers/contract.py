@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from ..core.config import BavqError, require
+from ..core.errors import BavqError, require
 from ..theory.metrics import code_counts, compute_perplexity
 from ..theory.sources import mixture_source
 from .base import QuantizerLike, nearest_code, to_rows

@@ -9,7 +9,7 @@ import math
 import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING
-from ..core.config import require
+from ..core.errors import require
 
 # %% auto #0
 __all__ = ['TIMED', 'load_bench', 'ratio', 'seconds_table', 'exponent_of', 'draw_steps']

@@ -8,7 +8,8 @@ from dataclasses import replace
 from typing import Iterable, NamedTuple
 import torch
 from torch import Tensor
-from ..core.config import RunConfig, require
+from ..core.config import RunConfig
+from ..core.errors import require
 from ..models.vqvae import VQVAE
 from ..quantizers.base import nearest_code
 from ..theory.rate_distortion import blahut_arimoto_codebook

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from ..core.config import all_reduce, choose, parallel, require, typed
+from ..core.distributed import all_reduce, parallel
+from ..core.errors import choose, require, typed
 
 # %% auto #0
 __all__ = ['PSNR_CONVENTIONS', 'psnr_from_mse', 'to_unit', 'image_errors', 'compute_psnr', 'ReconstructionMeter', 'code_counts',
@@ -114,7 +115,7 @@ class ReconstructionMeter:
         other: ReconstructionMeter,  # another meter, of another part of the data
     ) -> ReconstructionMeter:        # this one
         "Add what another meter has seen."
-        self.sums = _added(self.sums, other.sums)
+        self.sums = _added(other.sums, self.sums)
         return self
 
     def compute(self) -> dict[str, float]:
@@ -254,7 +255,7 @@ class CodeMeter:
         "Add what another meter has seen."
         sizes = f"the meters count {self.num_embeddings} and {other.num_embeddings} codes"
         require(self.num_embeddings == other.num_embeddings, f"{sizes}: merge meters of one codebook")
-        self.sums = _added(self.sums, other.sums)
+        self.sums = _added(other.sums, self.sums)
         return self
 
     def compute(self) -> dict[str, float]:

@@ -5,7 +5,7 @@
 # %% ../../nbs/1_theory/02_sources.ipynb #b40d3570
 from __future__ import annotations
 import torch
-from ..core.config import as_numbers, require, typed
+from ..core.errors import as_numbers, require, typed
 
 # %% auto #0
 __all__ = ['gaussian_source', 'bernoulli_source', 'mixture_source']

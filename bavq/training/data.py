@@ -17,7 +17,8 @@ from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Subset
 from torchvision import datasets
 from torchvision.transforms.v2 import functional as TF
-from ..core.config import BavqError, atomic_write, require, typed, as_numbers
+from ..core.errors import BavqError, require, typed, as_numbers
+from ..core.storage import atomic_write
 
 # %% auto #0
 __all__ = ['MEMORY_LIMIT', 'DEVICE_LIMIT', 'PHOTOS', 'PHOTO_COUNTS', 'SIDES', 'HELD_OUT', 'TORCHVISION', 'ImageData', 'normalize',

@@ -12,8 +12,11 @@ from itertools import chain, islice
 from pathlib import Path
 from queue import SimpleQueue
 from typing import NamedTuple
-from ..core.config import (BavqError, DiskError, Interrupted, RunConfig, atomic_write, check_config, check_folder, choose, config_from_dict, config_id, get_rng_state,
-                       only_writer, read_history, read_json, read_weights, require, run_name, set_rng_state, write_json, write_weights)
+from ..core.config import RunConfig, check_config, config_from_dict, config_id, run_name
+from ..core.distributed import get_rng_state, set_rng_state
+from ..core.errors import BavqError, DiskError, choose, require
+from ..core.storage import (Interrupted, atomic_write, check_folder, only_writer, read_history,
+    read_json, read_weights, write_json, write_weights)
 
 # %% auto #0
 __all__ = ['FOUR', 'PRESETS', 'ANSWER', 'first_steps', 'only_process', 'environment', 'run', 'warmup_file', 'keep_warmup',
