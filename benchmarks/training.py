@@ -47,7 +47,7 @@ from bavq.quantizers.base import (
     register_quantizer,
     squared_distances,
 )
-from bavq.models.vqvae import build_model
+from bavq.models.vqvae2 import build_model
 from bavq.training.loop import loss_terms, make_accelerator, prepare, train_epoch
 from bavq.quantizers.codebook import revive
 from bavq.quantizers.vq_ema import VQEMAQuantizer

@@ -52,7 +52,7 @@ def summarise(
     df: pd.DataFrame,          # a row for each run
     baseline: str = "vq_ema",  # the method that the others are compared with
 ) -> pd.DataFrame:
-    "Of each group and method: n, means with half-widths of 95 % intervals, paired differences with intervals and p."
+    "For each group and method: n, means with half-widths of 95 % intervals, paired differences with p."
     by, rows = groups(df), []
     for key, group in df.groupby(by, dropna=False):
         runs = {str(method): _by_seed(str(method), g) for method, g in group.groupby("method")}

@@ -164,7 +164,7 @@ def blahut_arimoto_codebook(
 @typed
 def rd_curve(
     d: Tensor,                # distortions [N, K]
-    betas: Any,               # nats per unit of distortion, a number for each point: list, array or tensor [M]
+    betas: Any,               # nats per unit of distortion, one for each point: list, array or tensor [M]
     p: Tensor | None = None,  # source probabilities [N]; None: uniform
     **options: Any,           # more arguments of `blahut_arimoto`
 ) -> tuple[Tensor, Tensor]:   # rate [M] in bits, distortion [M]
@@ -226,7 +226,7 @@ def gaussian_rd(
 def critical_beta(
     x: Tensor,  # samples [N, D]
 ) -> float:     # nats per squared distance
-    "The price at which codes at the mean of the samples begin to part: 1 / (2 λ_max) of the covariance (Rose 1998)."
+    "The price at which codes at the mean of the samples begin to part: 1 / (2 λ_max(cov x)) (Rose 1998)."
     are_samples = x.dim() == 2 and len(x) > 1
     require(are_samples, f"samples are {list(x.shape)}: give at least two, [N, D]")
     largest = torch.linalg.eigvalsh(torch.atleast_2d(x.double().T.cov(correction=0)))[-1]

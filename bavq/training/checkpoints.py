@@ -18,7 +18,8 @@ from ..core.storage import (Interrupted, atomic_write, checkpoints, newest_check
     read_json, read_weights, write_weights)
 from ..theory.metrics import LossMeter
 from .data import epoch_order
-from ..models.vqvae import VQVAE, build_model
+from ..models.vqvae import VQVAE
+from ..models.vqvae2 import build_model
 
 # %% auto #0
 __all__ = ['Training', 'save_checkpoint', 'restore', 'load_model']

@@ -22,9 +22,9 @@ from ..core.storage import atomic_write
 
 # %% auto #0
 __all__ = ['MEMORY_LIMIT', 'DEVICE_LIMIT', 'PHOTOS', 'PHOTO_COUNTS', 'SIDES', 'HELD_OUT', 'TORCHVISION', 'ImageData', 'normalize',
-           'denormalize', 'cache_dir', 'read_arrays', 'cached', 'photo_path', 'held_out_blocks', 'photo_boxes',
-           'build_photos', 'load_photos', 'load_torchvision', 'load_arrays', 'read_image', 'open_folder', 'load_folder',
-           'load_images', 'epoch_order', 'Batches', 'StreamedBatches', 'get_dataloaders']
+           'cache_dir', 'read_arrays', 'cached', 'photo_path', 'held_out_blocks', 'photo_boxes', 'build_photos',
+           'load_photos', 'load_torchvision', 'load_arrays', 'read_image', 'open_folder', 'load_folder', 'load_images',
+           'epoch_order', 'Batches', 'StreamedBatches', 'get_dataloaders']
 
 # %% ../../nbs/4_training/01_data.ipynb #603def5b
 class ImageData(NamedTuple):
@@ -41,10 +41,6 @@ def normalize(images: torch.Tensor) -> torch.Tensor:
     "What a network is given: float32 in [-1, 1] from uint8."
     require(images.dtype == torch.uint8, f"images are {images.dtype}: give uint8, 0 to 255")
     return images.float().div_(127.5).sub_(1)
-
-def denormalize(x: torch.Tensor) -> torch.Tensor:
-    "What is looked at and measured: [0, 1], clamped, from about [-1, 1]."
-    return ((x + 1) / 2).clamp(0, 1)
 
 # %% ../../nbs/4_training/01_data.ipynb #ea792507
 def cache_dir() -> Path:

@@ -21,7 +21,8 @@ from ..core.storage import (Interrupted, check_folder, read_json, stop_signals, 
     write_json, write_weights)
 from .data import get_dataloaders
 from ..theory.metrics import CodeMeter, LossMeter, ReconstructionMeter, effective_rank
-from ..models.vqvae import VQVAE, VQVAEOutput, build_model
+from ..models.vqvae import VQVAE, VQVAEOutput
+from ..models.vqvae2 import build_model
 from bavq.training.checkpoints import (Training, locate_error, restore, save_between_steps, save_checkpoint,
     save_is_due)
 
