@@ -18,7 +18,7 @@ import tyro
 from .core.config import RunConfig, check_config, run_name
 from .core.errors import BavqError, choose, needs, require
 from .core.storage import write_json
-from .models.vqvae import build_model
+from .models.vqvae2 import build_model
 from bavq.training.experiments import (PRESETS, Ray, cores, load_results, only_process, read_config, run,
     study_configs, sweep)
 from .training.prior_training import PriorConfig, save_samples, train_prior
@@ -288,7 +288,7 @@ class Lab:
 
     def __call__(self):
         needs("pandas", extra="eval")
-        from bavq.studies.linear_lab import lab_quick, lab_studies
+        from bavq.studies.linear_lab_studies import lab_quick, lab_studies
         if self.what == "quick":
             lab_quick(self.K, self.steps, self.commitment, self.seeds or 3, self.out)
             return

@@ -222,8 +222,8 @@ def _draw_discs(ax: Axes, e: np.ndarray, usage: np.ndarray, color: str) -> None:
     used = usage > 0
     mean = max(usage[used].mean(), 1e-12) if used.any() else 1.0
     area = 10 + 18 * usage[used] / mean
-    ax.scatter(*e[used].T, s=area, c=color, edgecolors="white", linewidths=0.6, zorder=3)
-    ax.scatter(*e[~used].T, s=22, c="none", edgecolors=color, linewidths=1.1, zorder=4)
+    ax.scatter(e[used, 0], e[used, 1], s=area, c=color, edgecolors="white", linewidths=0.6, zorder=3)
+    ax.scatter(e[~used, 0], e[~used, 1], s=22, c="none", edgecolors=color, linewidths=1.1, zorder=4)
 
 def _fit_limits(ax: Axes, points: np.ndarray) -> None:
     "Limits that show all points [N, 2], with a margin."
