@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Annotated, Literal, Union
 import tyro
 from .core.config import BavqError, RunConfig, check_config, choose, require, run_name, write_json
-from .training.experiments import PRESETS, Ray, cores, load_results, only_process, read_config, run, study_configs, sweep
+from .training.experiments import PRESETS, load_results, only_process, read_config, run, study_configs
+from .training.sweeps import Ray, cores, sweep
 from .training.prior_training import PriorConfig
 
 # %% auto #0

@@ -20,7 +20,8 @@ from unittest import mock
 import torch
 
 from bavq.core.config import RunConfig, run_name, write_json
-from bavq.training.experiments import Ray, load_results, run, sweep
+from bavq.training.experiments import load_results, run
+from bavq.training.sweeps import Ray, sweep
 from bavq.core.config import read_history
 
 # before Ray is imported: a busy machine starts its processes slowly

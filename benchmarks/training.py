@@ -31,7 +31,7 @@ from torchvision import datasets, transforms
 
 from bavq.core.config import RunConfig, set_seed, write_json
 from bavq.theory.sources import PHOTOS, get_dataloaders, photo_path
-from bavq.training.experiments import cores
+from bavq.training.sweeps import cores
 from bavq.quantizers.base import (
     Quantized,
     from_rows,

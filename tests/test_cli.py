@@ -13,7 +13,7 @@ import torch
 
 from bavq.cli import main, parse
 from bavq.core.config import BavqError, RunConfig
-from bavq.training.experiments import sweep
+from bavq.training.sweeps import sweep
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = "--data images.npz --codebook_size 8 --embedding_dim 4 --hidden_channels 4 --residual_blocks 0 --epochs 1 --batch_size 32".split()

@@ -10,7 +10,8 @@ import pytest
 
 from bavq.core.config import BavqError, RunConfig
 from bavq.theory.sources import cache_dir
-from bavq.training.experiments import Ray, as_task, collect, run, sweep
+from bavq.training.experiments import as_task, run
+from bavq.training.sweeps import Ray, collect, sweep
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = dict(

@@ -40,7 +40,8 @@ from bavq.core.config import (
     write_json,
 )
 from bavq.models.priors import load_prior, make_prior
-from bavq.training.experiments import environment, load_results, read_config, run, sweep
+from bavq.training.experiments import environment, load_results, read_config, run
+from bavq.training.sweeps import sweep
 from bavq.training.loop import load_model
 from bavq.training.prior_training import PriorConfig, prepare_prior
 

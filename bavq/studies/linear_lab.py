@@ -18,7 +18,8 @@ from sklearn.cluster import KMeans, kmeans_plusplus
 from ..quantizers.ba_vq import BAQuantizer
 from ..core.config import atomic_write, choose, require, write_json
 from ..theory.sources import gaussian_source
-from ..training.experiments import cores, environment
+from ..training.experiments import environment
+from ..training.sweeps import cores
 from ..quantizers.base import nearest_code, rotate, straight_through
 from ..theory.rate_distortion import gaussian_rd
 from ..theory.statistics import mean_interval, paired_difference
