@@ -2,18 +2,13 @@
 
 __version__ = "0.1.0"
 
-from bavq.core.config import BavqError, RunConfig
+from bavq.core.config import RunConfig
+from bavq.core.errors import BavqError
 from bavq.models.vqvae import VQVAE, VQVAE2
 from bavq.quantizers.adapters import as_vector_quantize
 from bavq.quantizers.ba_vq import BAQuantizer
-from bavq.quantizers.base import (
-    Quantized,
-    Quantizer,
-    VectorQuantizer,
-    check_quantizer,
-    make_quantizer,
-    register_quantizer,
-)
+from bavq.quantizers.base import Quantized, Quantizer, VectorQuantizer, make_quantizer, register_quantizer
+from bavq.quantizers.contract import check_quantizer
 from bavq.quantizers.composite import ProductQuantizer, ResidualQuantizer
 from bavq.quantizers.remedies import entropy_term, scheduled, with_losses
 from bavq.quantizers.searchless import FSQQuantizer, GumbelQuantizer

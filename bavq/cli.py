@@ -4,12 +4,19 @@
 
 # %% ../nbs/appendix/01_cli.ipynb #b99f6538
 from __future__ import annotations
-import argparse, contextlib, io, json, os, sys
+import argparse
+import contextlib
+import io
+import json
+import os
+import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal, Union
 import tyro
-from .core.config import BavqError, RunConfig, check_config, choose, require, run_name, write_json
+from .core.config import RunConfig, check_config, run_name
+from .core.errors import BavqError, choose, require
+from .core.storage import write_json
 from .training.experiments import PRESETS, load_results, only_process, read_config, run, study_configs
 from .training.sweeps import Ray, cores, sweep
 from .training.prior_training import PriorConfig
@@ -61,10 +68,10 @@ def compare(
     "Sweep, summarise, draw, print."
     import torch
     from bavq.comparison.compare import compare_figure
-    from bavq.theory.sources import get_dataloaders
+    from bavq.training.data import get_dataloaders
     from bavq.models.vqvae import build_model
     import pandas as pd
-    from bavq.theory.statistics import METRICS, groups, summarise
+    from bavq.evaluation.summaries import METRICS, groups, summarise
     given = {k: v for k, v in dict(data=o.data, data_root=o.data_root, epochs=o.epochs).items() if v} | ({} if o.train_size == -1 else dict(train_size=o.train_size))
     study = choose(o.preset, PRESETS, "preset")
     study = study._replace(base=replace(study.base, **given), **{k: v for k in ("quantizers", "codebook_sizes", "seeds") if (v := getattr(o, k))})
@@ -89,7 +96,7 @@ def print_tables(
     baseline: str = "vq_ema",  # that it was made with
 ) -> None:
     "Both tables of a summary, as text."
-    from bavq.theory.statistics import tables
+    from bavq.evaluation.summaries import tables
     means, differences = tables(summary)
     print(f"\nmean ± half-width of its 95 % interval\n{means.to_string(index=False)}")
     if len(differences): print(f"\ndifference to {baseline} over pairs of one seed, 95 % interval, p of no difference\n{differences.to_string(index=False)}")
@@ -122,7 +129,7 @@ class Summarise:
     baseline: str = "vq_ema"     # the method that the others are compared with
 
     def __call__(self):
-        from bavq.theory.statistics import summarise
+        from bavq.evaluation.summaries import summarise
         df = load_results(self.folder)
         print_tables(summarise(df, self.baseline), self.baseline)
         if self.baseline not in set(df["method"]): print(f"\nno differences: no run is of {self.baseline}; give --baseline one of {', '.join(sorted(set(df['method'])))}")

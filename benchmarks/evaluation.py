@@ -1,9 +1,10 @@
 """What an evaluation of 60,000 images of 32x32 costs: python benchmarks/evaluation.py [images]
 
-Each part runs in a process of its own, on one thread: seconds, and the largest memory of the process. Writes results/evaluation/cost.json.
-Inception's weights are a download, so its cost is taken in two halves. The evaluation holds everything, with r-FID and r-IS computed from random
-features and logits of Inception's sizes (2048 and 1008). The network itself, with random weights, takes as long as with the right ones: it is timed
-on a few images, and so is AlexNet, for LPIPS."""
+Each part runs in a process of its own, on one thread: seconds, and the largest memory of the process. Writes
+results/evaluation/cost.json. Inception's weights are a download, so its cost is taken in two halves. The
+evaluation holds everything, with r-FID and r-IS computed from random features and logits of Inception's sizes
+(2048 and 1008). The network itself, with random weights, takes as long as with the right ones: it is timed on
+a few images, and so is AlexNet, for LPIPS."""
 
 import json
 import resource
@@ -21,7 +22,7 @@ NETWORKS = "inception", "lpips"
 
 def images(n):
     "Test batches: crops of photographs, as often as it takes."
-    from bavq.theory.sources import Batches, load_images
+    from bavq.training.data import Batches, load_images
 
     train = load_images("photos").train
     return Batches(
@@ -31,7 +32,7 @@ def images(n):
 
 def model(loader):
     "A model of the preset `quick`, as it is after its first batch."
-    from bavq.core.config import set_seed
+    from bavq.core.distributed import set_seed
     from bavq.models.vqvae import VQVAE
 
     set_seed(0)
@@ -67,7 +68,8 @@ def part(name, n):
 
 
 def network(name, n):
-    "Milliseconds an image of a judge's network, original and reconstruction together, from a file of random weights."
+    """Milliseconds an image of a judge's network, original and reconstruction together, from a file of random
+    weights."""
     import torch
 
     torch.set_num_threads(1)
@@ -106,7 +108,7 @@ def measured(kind, name, n):
 
 
 def main(n=60_000):
-    from bavq.core.config import write_json
+    from bavq.core.storage import write_json
     from bavq.training.experiments import environment
 
     parts = {}

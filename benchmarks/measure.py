@@ -1,9 +1,12 @@
-"""What the benchmarks share: rounds in which every arm has its turn, the largest memory of one call, and where records go.
+"""What the benchmarks share: rounds in which every arm has its turn, the largest memory of one call, and
+where records go.
 
-Time. On the CPU it is processor time on one thread, which a busy machine disturbs least; on CUDA it is wall-clock time between two
-synchronisations. All arms run once in every round, one after the other, so that a slow minute meets all of them: compare within a round.
-Memory. On the CPU each call runs in a process of its own, forked before anything large was made: the peak of its resident memory (VmHWM,
-reset after a small first call) less what it held before. On CUDA: the peak of what torch has allocated, less what was allocated before."""
+Time. On the CPU it is processor time on one thread, which a busy machine disturbs least; on CUDA it is
+wall-clock time between two synchronisations. All arms run once in every round, one after the other, so that a
+slow minute meets all of them: compare within a round. Memory. On the CPU each call runs in a process of its
+own, forked before anything large was made: the peak of its resident memory (VmHWM, reset after a small first
+call) less what it held before. On CUDA: the peak of what torch has allocated, less what was allocated
+before."""
 
 import contextlib
 import ctypes
@@ -19,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 
-from bavq.core.config import write_json
+from bavq.core.storage import write_json
 from bavq.training.experiments import environment
 
 

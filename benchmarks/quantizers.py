@@ -1,7 +1,9 @@
-"""Training step, evaluation and memory of the quantizers beside vector-quantize-pytorch: python benchmarks/quantizers.py [--quick] [--only step]
+"""Training step, evaluation and memory of the quantizers beside vector-quantize-pytorch: python
+benchmarks/quantizers.py [--quick] [--only step]
 
-Writes results/bench/*.json and the figure experiments/bench.png; `make bench`. One thread on the CPU; the same command runs on CUDA where there is
-one. How time and memory are taken is said in measure.py. 04_speed reads the records."""
+Writes results/bench/*.json and the figure experiments/bench.png; `make bench`. One thread on the CPU; the
+same command runs on CUDA where there is one. How time and memory are taken is said in measure.py. 04_speed
+reads the records."""
 
 import argparse
 import copy
@@ -14,15 +16,16 @@ import torch
 from measure import ROOT, interleaved, peak_bytes, record
 
 import bavq.models.vqvae  # registers the quantizers
-from bavq.core.config import set_seed
+from bavq.core.distributed import set_seed
 from bavq.quantizers.base import make_quantizer, nearest_code
-from bavq.quantizers.vq_ema import peer_library
+from bavq.quantizers.adapters import peer_library
 
 PEER = dict(decay=0.99, commitment_weight=0.25)
 PEERS = dict(
     peer_plain=dict(PEER, rotation_trick=False), peer_strong=dict(PEER, threshold_ema_dead_code=2)
 )  # its plain EMA step; as commonly set
-SKETCH_UP_TO = 4096  # codes; beyond, the dense sketch keeps over ten tables of all latents by all codes for its backward pass
+# codes; beyond, the dense sketch keeps over ten tables of all latents by all codes for its backward pass
+SKETCH_UP_TO = 4096
 SIZES = dict(
     codes=(512, 1024, 4096, 16384),
     latents=(4096, 8192, 16384, 32768),
@@ -84,9 +87,7 @@ def compared(arms, N, D, K, rounds, device, make=training_step):
     "Seconds of each arm in each round, on the same latents."
     x = torch.randn(rounds, N, D, generator=torch.Generator().manual_seed(1)).to(device)
     steps = {arm: make(arm, quantizer(arm, K, D, device)) for arm in arms}
-    return interleaved(
-        {arm: (lambda r, step=step: step(x[r])) for arm, step in steps.items()}, rounds, device
-    )
+    return interleaved({arm: lambda r, step=step: step(x[r]) for arm, step in steps.items()}, rounds, device)
 
 
 def contenders(K):
@@ -172,7 +173,8 @@ def scaling(size, device):
 
 
 def precision(size, device):
-    "What bfloat16 does to indices: our island of float32 under autocast, and a search in bfloat16; and their times."
+    """What bfloat16 does to indices: our island of float32 under autocast, and a search in bfloat16; and
+    their times."""
     q, x = (
         quantizer("vq_ema", size["K"], size["D"], device).eval(),
         torch.randn(size["N"], size["D"]).to(device),
@@ -220,13 +222,14 @@ def model_step(compiled, size, device):
 
 
 def compiler(size, device):
-    "Steps of ba_vq and of a small model as they are and compiled, and what compiling took; or why it could not be."
+    """Steps of ba_vq and of a small model as they are and compiled, and what compiling took; or why it could
+    not be."""
     q, x = quantizer("ba_vq", size["K"], size["D"], device), torch.randn(size["N"], size["D"]).to(device)
     steps = {
         name: training_step("ba_vq", module)
         for name, module in {"as it is": q, "compiled": torch.compile(copy.deepcopy(q))}.items()
     }
-    arms = dict(quantizer={name: (lambda r, f=f: f(x)) for name, f in steps.items()})
+    arms = dict(quantizer={name: lambda r, f=f: f(x) for name, f in steps.items()})
     arms["model"] = {"as it is": model_step(False, size, device), "compiled": model_step(True, size, device)}
     began, problem = sum(os.times()[:4]), ""
     try:
@@ -296,7 +299,10 @@ def main():
     )
     p.add_argument(
         "--out",
-        help="folder of the records (default results/bench, on a GPU results/bench-cuda; with --quick, experiments/bench-quick)",
+        help=(
+            "folder of the records (default results/bench, on a GPU results/bench-cuda; with --quick,"
+            " experiments/bench-quick)"
+        ),
     )
     p.add_argument(
         "--rounds", type=int, help="rounds of each comparison (default 5; at K above 8192 two fewer)"

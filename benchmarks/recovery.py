@@ -1,8 +1,10 @@
 """A machine of a cluster dies in the middle of a run, and the sweep goes on: python benchmarks/recovery.py
 
-Starts a Ray cluster of two nodes on this machine, one core each, beside a head without cores, and sweeps two runs over it. The first node that has
-finished a few epochs of its run is killed with all its processes. Ray sends the run to the other node, where it goes on from its last checkpoint; at
-the end it must be, bit for bit, the run that was trained here without a cluster. Writes results/bench/ray.json: what happened, when, and where."""
+Starts a Ray cluster of two nodes on this machine, one core each, beside a head without cores, and sweeps two
+runs over it. The first node that has finished a few epochs of its run is killed with all its processes. Ray
+sends the run to the other node, where it goes on from its last checkpoint; at the end it must be, bit for
+bit, the run that was trained here without a cluster. Writes results/bench/ray.json: what happened, when, and
+where."""
 
 import inspect
 import json
@@ -19,10 +21,11 @@ from unittest import mock
 
 import torch
 
-from bavq.core.config import RunConfig, run_name, write_json
+from bavq.core.config import RunConfig, run_name
+from bavq.core.storage import write_json
 from bavq.training.experiments import load_results, run
 from bavq.training.sweeps import Ray, sweep
-from bavq.core.config import read_history
+from bavq.core.storage import read_history
 
 # before Ray is imported: a busy machine starts its processes slowly
 os.environ |= dict(
@@ -50,8 +53,8 @@ CONFIGS = [RunConfig(name=q, quantizer=q, **TINY) for q in ("vq_ema", "ba_vq")]
 def patient():
     """Let Ray's nodes start on a busy machine too.
 
-    A node waits 15 s, and no longer, for the files in which its agents name their ports (Ray's issue 65983). Two of the agents are for a dashboard that
-    is not there: their files are written beforehand, saying so."""
+    A node waits 15 s, and no longer, for the files in which its agents name their ports (Ray's issue 65983).
+    Two of the agents are for a dashboard that is not there: their files are written beforehand, saying so."""
     from ray._private import services
 
     start = services.start_raylet
@@ -118,7 +121,8 @@ def same_run(a, b):
 
 
 def recover(folder):
-    "The events of a sweep whose machine is killed, and whether each run is the one trained without a cluster."
+    """The events of a sweep whose machine is killed, and whether each run is the one trained without a
+    cluster."""
     from ray.cluster_utils import Cluster
 
     out, alone, events = folder / "cluster", folder / "alone", []

@@ -1,14 +1,19 @@
-"""Images per second of the training loop, beside the straightforward one: python benchmarks/training.py [--network study] [--rounds 7] [--quick]
+"""Images per second of the training loop, beside the straightforward one: python benchmarks/training.py
+[--network study] [--rounds 7] [--quick]
 
-The straightforward loop is the one of most examples: torchvision's ImageFolder in a DataLoader opens each picture with PIL and turns it to floats, the
-memory format and the optimizer are the default ones, losses are fetched after every step, and VQ-EMA is written with a table of distances and a one-hot
-matrix. The arms change one thing after another; the package is `bavq.training.loop` as it stands. Pictures are files of the size that the network sees, but
-for `photographs`: JPEG files of 256 by 256 pixels that are resized to 64 by 64, as in training on pictures of one's own; there is a loop with loader
-processes too, where seconds are of the clock. Beside them stand the straightforward loop around the
-quantizer of vector-quantize-pytorch, the package in bfloat16, and with BA-VQ. All train the same network on the same images in the same order, by turns,
-an epoch each, so that a busy machine slows all alike: ratios are medians over rounds of one run. The losses of the first steps are compared, with the
-same random numbers; later, rounding puts a latent to another code, and runs slowly part. On one thread of a processor a second is one of processor
-time; on several threads, and on a GPU, one of the clock. Writes results/bench/training.json, on a GPU results/bench-cuda/training.json."""
+The straightforward loop is the one of most examples: torchvision's ImageFolder in a DataLoader opens each
+picture with PIL and turns it to floats, the memory format and the optimizer are the default ones, losses are
+fetched after every step, and VQ-EMA is written with a table of distances and a one-hot matrix. The arms
+change one thing after another; the package is `bavq.training.loop` as it stands. Pictures are files of the
+size that the network sees, but for `photographs`: JPEG files of 256 by 256 pixels that are resized to 64 by
+64, as in training on pictures of one's own; there is a loop with loader processes too, where seconds are of
+the clock. Beside them stand the straightforward loop around the quantizer of vector-quantize-pytorch, the
+package in bfloat16, and with BA-VQ. All train the same network on the same images in the same order, by
+turns, an epoch each, so that a busy machine slows all alike: ratios are medians over rounds of one run. The
+losses of the first steps are compared, with the same random numbers; later, rounding puts a latent to another
+code, and runs slowly part. On one thread of a processor a second is one of processor time; on several
+threads, and on a GPU, one of the clock. Writes results/bench/training.json, on a GPU
+results/bench-cuda/training.json."""
 
 import argparse
 import itertools
@@ -29,8 +34,10 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 
-from bavq.core.config import RunConfig, set_seed, write_json
-from bavq.theory.sources import PHOTOS, get_dataloaders, photo_path
+from bavq.core.config import RunConfig
+from bavq.core.distributed import set_seed
+from bavq.core.storage import write_json
+from bavq.training.data import PHOTOS, get_dataloaders, photo_path
 from bavq.training.sweeps import cores
 from bavq.quantizers.base import (
     Quantized,
@@ -125,7 +132,8 @@ def to_float(size=0):
 
 
 def write_files(config, root):
-    "The training images of a configuration as PNG files in train/all; or photographs to resize, and the configuration that reads them."
+    """The training images of a configuration as PNG files in train/all; or photographs to resize, and the
+    configuration that reads them."""
     for part in ("train", "test"):
         (root / part / "all").mkdir(parents=True)
     if config.image_size:
@@ -271,7 +279,8 @@ def first_steps(data, epoch):
 
 
 def compare_losses(losses):
-    "Largest relative difference of the first steps' losses from the straightforward loop's; beyond rounding only where precision or quantizer differ."
+    """Largest relative difference of the first steps' losses from the straightforward loop's; beyond rounding
+    only where precision or quantizer differ."""
     plain, found = losses[PLAIN], {}
     for name, steps in losses.items():
         pairs = zip(steps, plain) if len(steps) > 1 else [(steps[0], statistics.mean(plain))]
@@ -281,15 +290,19 @@ def compare_losses(losses):
 
 
 def measure(config, rounds, device, root):
-    "One network, its pictures as files below `root`: the first steps of every arm, to compare them; then every arm in each round."
+    """One network, its pictures as files below `root`: the first steps of every arm, to compare them; then
+    every arm in each round."""
     config, data_seconds = write_files(config, root), {}
-    make = lambda: get_dataloaders(
-        config.data,
-        config.batch_size,
-        train_size=config.train_size,
-        image_size=config.image_size,
-        device=device,
-    )[0]
+
+    def make():
+        return get_dataloaders(
+            config.data,
+            config.batch_size,
+            train_size=config.train_size,
+            image_size=config.image_size,
+            device=device,
+        )[0]
+
     if config.image_size:
         data_seconds["decoded once"] = [timed(make, device)]
     loader, files = make(), datasets.ImageFolder(root / "train", to_float(config.image_size))
@@ -344,7 +357,10 @@ def main():
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="the smallest network, two rounds, written to experiments/bench-quick: to see that it works, not to quote",
+        help=(
+            "the smallest network, two rounds, written to experiments/bench-quick: to see that it works, not"
+            " to quote"
+        ),
     )
     args = parser.parse_args()
     device = make_accelerator(SMALL).device
@@ -361,7 +377,8 @@ def main():
         print(f"{network}, threads: {threads}")
         for r in one["arms"]:
             print(
-                f"  {r['arm']:30s} {r['images_per_second']:9.1f} images/s  {r['ratio']:.2f}x  losses differ by {r['loss_difference']:.0e}"
+                f"  {r['arm']:30s} {r['images_per_second']:9.1f} images/s  {r['ratio']:.2f}x  losses differ"
+                f" by {r['loss_difference']:.0e}"
             )
 
 

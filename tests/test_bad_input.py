@@ -1,4 +1,5 @@
-"Bad input ends in one line with a cause and a cure, and changes no file: a slice of the cases that tools/bad_input.py records."
+"""Bad input ends in one line with a cause and a cure, and changes no file: a slice of the cases that
+tools/bad_input.py records."""
 
 import sys
 from pathlib import Path

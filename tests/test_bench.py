@@ -1,4 +1,5 @@
-"""The quantizer benchmark, small: it writes what 04_speed reads. What takes how long is no test's business."""
+"""The quantizer benchmark, small: it writes what 04_speed reads. What takes how long is no test's
+business."""
 
 import importlib.util
 import math
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from bavq.studies.speed import ARMS, draw_steps, exponent_of, load_bench, ratio, seconds_table
+from bavq.studies.speed import TIMED, draw_steps, exponent_of, load_bench, ratio, seconds_table
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -47,7 +48,7 @@ def test_arms_have_a_second_for_every_round(folder):
         bench["scaling"]["dims"]["seconds"],
     ):
         for taken in seconds.values():
-            assert set(taken) <= set(ARMS) and all(len(t) == 2 and min(t) > 0 for t in taken.values())
+            assert set(taken) <= set(TIMED) and all(len(t) == 2 and min(t) > 0 for t in taken.values())
         assert math.isfinite(exponent_of(seconds, "vq_ema"))
         assert all(ratio(taken, "vq_ema", "peer_plain") > 0 for taken in seconds.values())
     assert set(seconds_table(bench["step"]["seconds"])) == set(bench["memory"]["megabytes"])
@@ -56,7 +57,7 @@ def test_arms_have_a_second_for_every_round(folder):
 def test_every_arm_s_memory_was_taken(folder):
     rows = load_bench(folder)["memory"]["megabytes"].values()
     assert all(
-        set(row) == set(ARMS) and all(mb is not None and mb >= 0 for mb in row.values()) for row in rows
+        set(row) == set(TIMED) and all(mb is not None and mb >= 0 for mb in row.values()) for row in rows
     )
 
 
@@ -73,7 +74,7 @@ def test_the_training_loops_have_the_same_losses(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     import training
 
-    from bavq.theory.sources import get_dataloaders
+    from bavq.training.data import get_dataloaders
 
     config = training.replace(training.NETWORKS["tiny"], train_size=640)
     config = training.write_files(config, tmp_path)

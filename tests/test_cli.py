@@ -12,11 +12,15 @@ import pytest
 import torch
 
 from bavq.cli import main, parse
-from bavq.core.config import BavqError, RunConfig
+from bavq.core.config import RunConfig
+from bavq.core.errors import BavqError
 from bavq.training.sweeps import sweep
 
 ROOT = Path(__file__).resolve().parent.parent
-TINY = "--data images.npz --codebook_size 8 --embedding_dim 4 --hidden_channels 4 --residual_blocks 0 --epochs 1 --batch_size 32".split()
+TINY = (
+    "--data images.npz --codebook_size 8 --embedding_dim 4 --hidden_channels 4 --residual_blocks 0 --epochs 1"
+    " --batch_size 32".split()
+)
 
 BAD = {
     "trian": "trian",
@@ -100,7 +104,8 @@ def test_help(capsys):
 
 
 def test_a_run_from_start_to_summary(here, capsys):
-    "Train from a file, refuse the name, resume, evaluate, summarise; dashes and underscores; --debug shows where."
+    """Train from a file, refuse the name, resume, evaluate, summarise; dashes and underscores; --debug shows
+    where."""
     (here / "c.yaml").write_text("quantizer: vq_ema\nlr: 1e-3\nseed: 3\n")
     train = ["train", "--config", "c.yaml", "--name", "one", *TINY]
     code, out, err = bavq(capsys, *train)
@@ -133,7 +138,8 @@ PRIOR = "--kind maskgit --epochs 1 --channels 16 --layers 1 --batch_size 16".spl
 
 
 def test_folders_that_hold_more_than_plain_runs(here, capsys):
-    "Priors among the runs, a run of two levels, names with a point, images smaller than SSIM's window: each verb takes what it can and names the rest."
+    """Priors among the runs, a run of two levels, names with a point, images smaller than SSIM's window: each
+    verb takes what it can and names the rest."""
     assert bavq(capsys, "train", "--name", "lr0.1", *TINY)[0] == 0
     assert bavq(capsys, "train", "--name", "two", "--levels", "2", *TINY)[0] == 0
     assert bavq(capsys, "prior", "train", "experiments/lr0.1", *PRIOR)[0] == 0

@@ -1,4 +1,5 @@
-"A file comes back exactly, or as an error of one line: damage, wrong models, lies about sizes, other batch sizes and threads."
+"""A file comes back exactly, or as an error of one line: damage, wrong models, lies about sizes, other batch
+sizes and threads."""
 
 import os
 import random
@@ -6,7 +7,8 @@ import random
 import pytest
 import torch
 
-from bavq.core.config import BavqError, set_seed
+from bavq.core.distributed import set_seed
+from bavq.core.errors import BavqError
 from bavq.evaluation.compression import (
     CODINGS,
     DIGEST,

@@ -1,5 +1,5 @@
-"""The contract of a quantizer (01_base), for every registered one: random sizes, scales and seeds, in float32 and
-under bfloat16 autocast, for rows and for maps."""
+"""The contract of a quantizer (01_base), for every registered one: random sizes, scales and seeds, in float32
+and under bfloat16 autocast, for rows and for maps."""
 
 import contextlib
 import copy
@@ -21,7 +21,8 @@ for path in sorted(Path(bavq.__file__).parent.rglob("*.py")):  # whatever regist
             ".".join(path.relative_to(Path(bavq.__file__).parent.parent).with_suffix("").parts)
         )
 
-from bavq.quantizers.base import QUANTIZERS, RULES, check_quantizer, make_quantizer, rotate
+from bavq.quantizers.base import QUANTIZERS, make_quantizer, rotate
+from bavq.quantizers.contract import RULES, check_quantizer
 from bavq.quantizers.remedies import entropy_term, with_losses
 
 PEER = importlib.util.find_spec("vector_quantize_pytorch") is not None
@@ -51,9 +52,12 @@ every_shape = pytest.mark.parametrize("shape", SHAPES)
 def case(name, size, K, scale, seed, shape, precision, steps=2):
     "A quantizer after a few training steps, and latents it has not seen."
     torch.manual_seed(seed)
-    make = lambda: (scale * torch.randn(SHAPES[shape](*size))).to(
-        torch.bfloat16 if precision == "bfloat16" else torch.float32
-    )
+
+    def make():
+        return (scale * torch.randn(SHAPES[shape](*size))).to(
+            torch.bfloat16 if precision == "bfloat16" else torch.float32
+        )
+
     q = make_quantizer(name, K, size[1]).train()
     with PRECISIONS[precision]():
         for step in range(steps):
@@ -177,7 +181,8 @@ def test_composites_of_everything(name, base):
     seed=st.integers(0, 2**16),
 )
 def test_extreme_latents_stay_finite_or_are_refused(name, exponent, n, equal, shift, seed):
-    "Any scale from 1e-20 to 1e20, all latents alike, one alone, fewer than codes: output, losses, gradients and state are finite, or one line says why not."
+    """Any scale from 1e-20 to 1e20, all latents alike, one alone, fewer than codes: output, losses, gradients
+    and state are finite, or one line says why not."""
     torch.manual_seed(seed)
     z = (torch.randn(1, 8).expand(n, 8) if equal else torch.randn(n, 8)) * 10.0**exponent + shift
     q, z = make_quantizer(name, 16, 8).train(), z.clone().requires_grad_(True)
@@ -207,7 +212,8 @@ SEARCHED = ("vq", "vq_ema", "ba_vq", "gumbel")
 
 @pytest.mark.parametrize("name", SEARCHED)
 def test_codes_that_were_given_stay(name):
-    "Codes set by hand, or loaded from a file that does not say whether they were set, are not set again by the first batch."
+    """Codes set by hand, or loaded from a file that does not say whether they were set, are not set again by
+    the first batch."""
     torch.manual_seed(0)
     codes = 5 + torch.randn(16, 8)
     z = codes[torch.randint(16, (500,))]  # k-means++ would take the same points in another order

@@ -1,4 +1,5 @@
-"Several processes: two of them train as one, at every step; and workers do not outlive the sweep that started them."
+"""Several processes: two of them train as one, at every step; and workers do not outlive the sweep that
+started them."""
 
 import json
 import os
@@ -12,7 +13,8 @@ import psutil
 import pytest
 import torch
 
-from bavq.core.config import RunConfig, only_writer
+from bavq.core.config import RunConfig
+from bavq.core.storage import only_writer
 from bavq.training.experiments import first_steps
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,7 +39,8 @@ STEPS = 20
 
 
 def save_steps(folder):
-    "What one process of several does: the first steps of every method, in double precision, into a file of its own."
+    """What one process of several does: the first steps of every method, in double precision, into a file of
+    its own."""
     for q in METHODS:
         torch.save(
             first_steps(RunConfig(quantizer=q, **TINY), STEPS, torch.float64),
@@ -79,7 +82,8 @@ def revived(states):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_two_processes_are_one_at_every_step(halves, one_thread, method):
-    "All weights, codes, counts, potentials and losses: equal to the bit on both processes, and to rounding with one process that has the whole batch."
+    """All weights, codes, counts, potentials and losses: equal to the bit on both processes, and to rounding
+    with one process that has the whole batch."""
     first, second = (torch.load(halves / f"{method}-{rank}.pt") for rank in (0, 1))
     whole = first_steps(RunConfig(quantizer=method, **TINY), STEPS, torch.float64)
     assert len(first) == len(whole) == STEPS
@@ -93,7 +97,10 @@ def test_two_processes_are_one_at_every_step(halves, one_thread, method):
         assert revived(whole), "no code was revived in these steps: give more"
 
 
-TRAIN = "train --quantizer ba_vq --codebook-size 32 --embedding-dim 8 --hidden-channels 8 --residual-blocks 1 --train-size 640 --batch-size 32 --epochs 4 --warmup-steps 5"
+TRAIN = (
+    "train --quantizer ba_vq --codebook-size 32 --embedding-dim 8 --hidden-channels 8 --residual-blocks 1"
+    " --train-size 640 --batch-size 32 --epochs 4 --warmup-steps 5"
+)
 
 
 def two_processes(out):
@@ -120,7 +127,8 @@ def two_processes(out):
 
 
 def test_several_processes_stop_together_and_go_on(tmp_path):
-    "Two processes, stopped by a signal in mid-training and started again, end with the weights, to the bit, of two that were left alone."
+    """Two processes, stopped by a signal in mid-training and started again, end with the weights, to the bit,
+    of two that were left alone."""
     assert two_processes(tmp_path / "whole").wait(300) == 0, (tmp_path / "whole.log").read_text()
     printed = (tmp_path / "whole.log").read_text()
     assert printed.count("saved in") == 1 and "arning" not in printed, printed
@@ -199,7 +207,8 @@ torch.save(states, f"{sys.argv[1]}/{rank}.pt")
 
 
 def test_sequences_of_several_lengths_on_several_processes(tmp_path):
-    "With a mask, each process has another number of latents: start, statistics and revival are those of one process that has them all."
+    """With a mask, each process has another number of latents: start, statistics and revival are those of one
+    process that has them all."""
     (tmp_path / "go.py").write_text(MASKED)
     launch = [
         sys.executable,
@@ -229,7 +238,9 @@ def test_sequences_of_several_lengths_on_several_processes(tmp_path):
 SWEEP = """
 from bavq.core.config import RunConfig
 from bavq.training.sweeps import sweep
-if __name__ == "__main__": sweep([RunConfig(name=q, quantizer=q, **{tiny}) for q in ("vq_ema", "ba_vq")], {out!r}, jobs=2, progress=False)
+if __name__ == "__main__":
+    configs = [RunConfig(name=q, quantizer=q, **{tiny}) for q in ("vq_ema", "ba_vq")]
+    sweep(configs, {out!r}, jobs=2, progress=False)
 """
 
 

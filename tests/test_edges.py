@@ -15,17 +15,10 @@ from PIL import Image
 
 from bavq.comparison.compare import name_arms, verdict
 from bavq.comparison.explore import make_schedule
-from bavq.core.config import (
-    BavqError,
-    DiskError,
-    RunConfig,
-    check_config,
-    get_rng_state,
-    newest_checkpoint,
-    require_same,
-    run_name,
-    set_rng_state,
-)
+from bavq.core.config import RunConfig, check_config, require_same, run_name
+from bavq.core.distributed import get_rng_state, set_rng_state
+from bavq.core.errors import BavqError, DiskError
+from bavq.core.storage import newest_checkpoint
 from bavq.core.plots import cell_borders
 from bavq.evaluation.evaluate import evaluate, operating_point
 from bavq.evaluation.reports import load_weights, report
@@ -34,12 +27,15 @@ from bavq.models.priors import make_prior
 from bavq.models.vqvae import VQVAE
 from bavq.quantizers.base import VectorQuantizer
 from bavq.studies.linear_lab import distortion_bound
-from bavq.theory import sources as data
+from bavq.theory import sources
+from bavq.training import data
 from bavq.theory.metrics import LossMeter, compute_entropy_bits
 from bavq.theory.rate_distortion import blahut_arimoto, blahut_arimoto_codebook
-from bavq.theory.statistics import minimum_detectable_effect, paired_difference, permutation_p, summarise
+from bavq.evaluation.summaries import summarise
+from bavq.theory.statistics import minimum_detectable_effect, paired_difference, permutation_p
 from bavq.training.experiments import run
-from bavq.training.loop import load_model, make_accelerator, prepare, save_checkpoint, train
+from bavq.training.checkpoints import load_model, save_checkpoint
+from bavq.training.loop import fit, make_accelerator, prepare
 from bavq.training.prior_training import PriorConfig, extract_codes, model_codes, save_samples, train_prior
 
 TINY = RunConfig(
@@ -148,7 +144,7 @@ def test_labels_of_any_whole_type(tmp_path):
 
 
 def test_singular_sources():
-    assert data.gaussian_source(3, [0.0, 0.0]).abs().sum() == 0
+    assert sources.gaussian_source(3, [0.0, 0.0]).abs().sum() == 0
 
 
 def test_an_estimate_does_not_depend_on_the_batch():
@@ -239,7 +235,7 @@ def test_half_precision_needs_a_gpu():
 
 
 def test_loading_draws_nothing(tmp_path):
-    train(TINY, tmp_path / "run", progress=False)
+    fit(prepare(TINY), tmp_path / "run", progress=False)
     torch.manual_seed(7)
     before = torch.rand(1)
     for load in (
@@ -279,7 +275,7 @@ def test_a_schedule_by_entropy_keeps_its_ends(monkeypatch):
 
 
 def test_two_levels_are_not_taken_for_one(tmp_path):
-    train(replace(TINY, levels=2), tmp_path / "run", progress=False)
+    fit(prepare(replace(TINY, levels=2)), tmp_path / "run", progress=False)
     with pytest.raises(BavqError, match="has two levels of codes"):
         extract_codes(tmp_path / "run")
     assert not list((tmp_path / "run").glob("codes-*"))
@@ -319,7 +315,8 @@ def test_random_states_of_another_machine(monkeypatch):
 
 
 def test_one_run_has_one_name():
-    "Numbers of any kind, and options that are no texts, mean what they say, and the name of the run is the same."
+    """Numbers of any kind, and options that are no texts, mean what they say, and the name of the run is the
+    same."""
     plain = RunConfig(epochs=3, lr=1e-3, clip_grad=0.0, seed=1, options={"decay": "0.95"})
     other = RunConfig(epochs=3.0, lr=np.float64(1e-3), clip_grad=0, seed=np.int64(1), options={"decay": 0.95})
     assert run_name(other) == run_name(plain) and check_config(other) == plain
@@ -339,7 +336,7 @@ def test_rate_and_distortion_of_a_codebook_that_has_collapsed():
 def test_small_data_sets_are_evaluated(tmp_path, monkeypatch):
     "One test image, and fewer training images than a batch."
     monkeypatch.chdir(tmp_path)
-    train(replace(TINY, batch_size=64), tmp_path / "run", progress=False)
+    fit(prepare(replace(TINY, batch_size=64)), tmp_path / "run", progress=False)
     np.save("few.npy", np.random.default_rng(0).integers(0, 256, (12, 32, 32, 3), dtype=np.uint8))
     report([tmp_path / "run"], "out", data="few.npy", judges=[])
     assert (tmp_path / "out" / "evaluation.json").exists()

@@ -1,4 +1,5 @@
-"Full disks, folders that cannot be written, data that vanish, clocks that jump, loaders that die, signals, numbers that are none: each ends in one line, and the run goes on from there to the bit."
+"""Full disks, folders that cannot be written, data that vanish, clocks that jump, loaders that die, signals,
+numbers that are none: each ends in one line, and the run goes on from there to the bit."""
 
 import contextlib
 import os
@@ -16,26 +17,23 @@ import pytest
 import torch
 from torch.utils.data import get_worker_info
 
-import bavq.core.config
-import bavq.theory.sources
+import bavq.core.storage
+import bavq.training.checkpoints
+import bavq.training.data
 import bavq.training.loop
 from bavq.cli import main, parse
-from bavq.core.config import (
-    BavqError,
-    DiskError,
-    Interrupted,
-    RunConfig,
-    checkpoints,
-    newest_checkpoint,
-    read_history,
-    read_weights,
-    stop_signals,
-    write_json,
-)
-from bavq.theory.sources import Batches, Image, epoch_order, get_dataloaders
+from bavq.core.config import RunConfig
+from bavq.core.errors import BavqError, DiskError
+from bavq.core.storage import (Interrupted, checkpoints, newest_checkpoint, read_history, read_weights,
+    stop_signals, write_json)
+from bavq.training.data import Batches, Image, epoch_order, get_dataloaders
 from bavq.training.experiments import run
 from bavq.training.prior_training import Codes, PriorConfig, fit_prior
 
+TOLD = [
+    *("name", "data", "quantizer", "codebook_size", "embedding_dim", "hidden_channels", "residual_blocks"),
+    *("epochs", "batch_size", "checkpoint_every"),
+]  # what the command line is given of it
 TINY = RunConfig(
     name="run",
     data="images.npz",
@@ -123,16 +121,9 @@ def at_batch(number, do):
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_and_ends_and_the_run_goes_on_to_the_bit(number, code, capsys):
-    "Ctrl-C and a cluster's preemption, as the third batch of the second epoch is taken; Jupyter's stop button is the first of them."
-    args = [
-        "train",
-        *(
-            f"--{k}={getattr(TINY, k)}"
-            for k in "name data quantizer codebook_size embedding_dim hidden_channels residual_blocks epochs batch_size checkpoint_every".split()
-        ),
-        "--out",
-        ".",
-    ]
+    """Ctrl-C and a cluster's preemption, as the third batch of the second epoch is taken; Jupyter's stop
+    button is the first of them."""
+    args = ["train", *(f"--{k}={getattr(TINY, k)}" for k in TOLD), "--out", "."]
     with at_batch(7, lambda batch: signal.raise_signal(number)), pytest.raises(SystemExit) as e:
         main(args)
     said = capsys.readouterr().err.strip().splitlines()[-1]
@@ -204,7 +195,7 @@ def test_in_another_thread_signals_are_left_alone():
 
 def test_long_epochs_are_saved_within(monkeypatch):
     "A checkpoint is due by the clock, not only by the epoch."
-    monkeypatch.setattr(bavq.training.loop, "SAVE_EVERY", 0)
+    monkeypatch.setattr(bavq.training.checkpoints, "SAVE_EVERY", 0)
     with at_batch(8, lambda batch: (_ for _ in ()).throw(MemoryError())), pytest.raises(MemoryError):
         train()
     assert [p.name for p in checkpoints(Path("run"))] == [
@@ -212,7 +203,7 @@ def test_long_epochs_are_saved_within(monkeypatch):
         "checkpoint_epoch1_step2.pt",
     ]
     train()
-    monkeypatch.setattr(bavq.training.loop, "SAVE_EVERY", 600)
+    monkeypatch.setattr(bavq.training.checkpoints, "SAVE_EVERY", 600)
     assert undisturbed(train, Path("run"))
 
 
@@ -271,7 +262,7 @@ def test_a_folder_that_cannot_be_written(monkeypatch, here):
     def refuse(*_, **__):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(bavq.core.config.tempfile, "mkstemp", refuse)
+    monkeypatch.setattr(bavq.core.storage.tempfile, "mkstemp", refuse)
     with pytest.raises(DiskError, match="Permission denied"):
         run(TINY, here, progress=False)
     assert not list(Path("run").glob("c*"))
@@ -309,7 +300,7 @@ def streamed(monkeypatch):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_killed_loader_process_ends_in_one_line_and_the_run_goes_on(streamed, monkeypatch):
-    inner, flag = bavq.theory.sources.read_image, Path("kill it").resolve()
+    inner, flag = bavq.training.data.read_image, Path("kill it").resolve()
 
     def deadly(path, size=0):
         if get_worker_info() and flag.exists() and checkpoints(flag.parent / "run"):
@@ -317,7 +308,7 @@ def test_a_killed_loader_process_ends_in_one_line_and_the_run_goes_on(streamed, 
             os.kill(os.getpid(), signal.SIGKILL)
         return inner(path, size)
 
-    monkeypatch.setattr(bavq.theory.sources, "read_image", deadly)
+    monkeypatch.setattr(bavq.training.data, "read_image", deadly)
     flag.touch()
     with pytest.raises(BavqError, match="a loader process was killed") as e:
         train(config=streamed)
@@ -365,7 +356,8 @@ def at_stream(number, do):
 
 
 def test_clocks_may_jump(monkeypatch):
-    "The wall clock goes anywhere, files are dated anyhow: what is trained, and from where it goes on, does not depend on it."
+    """The wall clock goes anywhere, files are dated anyhow: what is trained, and from where it goes on, does
+    not depend on it."""
     rng = random.Random(0)
     monkeypatch.setattr(time, "time", lambda: rng.uniform(0, 4e9))
     with at_batch(10, lambda batch: signal.raise_signal(signal.SIGINT)), pytest.raises(Interrupted):
@@ -382,7 +374,8 @@ def test_clocks_may_jump(monkeypatch):
 
 @pytest.mark.parametrize("number", [6, 8])
 def test_a_step_that_is_not_finite_is_named_with_its_images_and_the_last_checkpoint(number):
-    "Not a number in a batch of the second epoch: step, first images and checkpoint are in the message; nothing is written."
+    """Not a number in a batch of the second epoch: step, first images and checkpoint are in the message;
+    nothing is written."""
     with (
         at_batch(number, lambda batch: (batch[0] * float("nan"), batch[1])),
         pytest.raises(BavqError, match="stopped in epoch 2") as e,

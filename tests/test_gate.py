@@ -65,7 +65,10 @@ def index(project):
         {"image/png": PNG, "text/plain": "<Figure>"},
         {"text/html": "<style scoped>b</style><table></table>", "text/plain": "t"},
     )
-    links = "[first](00_toy.ipynb#a) [web](https://x.org) `[no](link)` [page](../bavq/toy.py)\n\n```\n[no](link)\n```"
+    links = (
+        "[first](00_toy.ipynb#a) [web](https://x.org) `[no](link)`"
+        " [page](../bavq/toy.py)\n\n```\n[no](link)\n```"
+    )
     cells = [
         new_markdown_cell(f"# Toy\n\n{links}", id="a"),
         new_code_cell("#| hide\nhidden = 1", id="b"),
@@ -120,9 +123,10 @@ def picture(shade):
 
 def test_small_pictures_follow_their_notebooks(project):
     index(project)
-    plot = lambda shade: new_output(
-        "display_data", data={"image/png": base64.b64encode(picture(shade)).decode()}
-    )
+
+    def plot(shade):
+        return new_output("display_data", data={"image/png": base64.b64encode(picture(shade)).decode()})
+
     write(
         project,
         "00_toy",
@@ -144,14 +148,17 @@ def test_small_pictures_follow_their_notebooks(project):
 
 def test_broken_pages_are_found(tmp_path):
     (tmp_path / "api").mkdir()
-    good = '<h1 id="top">A</h1><a href="api/b.html#here">b</a><a href="https://x.org/no">web</a><img src="p.png" alt="two lines that meet">'
+    good = (
+        '<h1 id="top">A</h1><a href="api/b.html#here">b</a><a href="https://x.org/no">web</a><img src="p.png"'
+        ' alt="two lines that meet">'
+    )
     (tmp_path / "a.html").write_text(good)
     (tmp_path / "p.png").write_bytes(picture(0))
     (tmp_path / "api/b.html").write_text('<p id="here"><a href="../a.html#top">a</a></p>')
     assert list(docs.broken(tmp_path)) == []
     (tmp_path / "a.html").write_text(
-        good
-        + '<a href="c.html">c</a><a href="api/b.html#there">b</a><img src="q.png" alt="a curve"><img src="p.png" alt="Figure">'
+        good + '<a href="c.html">c</a><a href="api/b.html#there">b</a><img src="q.png" alt="a curve"><img'
+        ' src="p.png" alt="Figure">'
     )
     found = list(docs.broken(tmp_path))
     assert [f.split(": ")[0] for f in found] == ["a.html"] * 4
@@ -170,7 +177,8 @@ def test_broken_pages_are_found(tmp_path):
 def test_names_become_links_but_not_everywhere():
     table = {"fit": "{py:obj}`fit <bavq.toy.fit>`"}
     text = docs.prose(
-        "## The `fit`\n\nCall `fit`, [not `fit`](a.md), `fitted` and $$`fit`$$.\n\n```\n`fit`\n```\nSee [tests](../tests).",
+        "## The `fit`\n\nCall `fit`, [not `fit`](a.md), `fitted` and $$`fit`$$.\n\n```\n`fit`\n```\nSee"
+        " [tests](../tests).",
         table,
         docs.settings(),
         docs.ROOT / "nbs",

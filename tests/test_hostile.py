@@ -17,22 +17,15 @@ import pytest
 import torch
 
 import bavq
-from bavq.core.config import (
-    BavqError,
-    RunConfig,
-    check_config,
-    config_from_dict,
-    newest_checkpoint,
-    read_json,
-    read_weights,
-    write_json,
-)
+from bavq.core.config import RunConfig, check_config, config_from_dict
+from bavq.core.errors import BavqError
+from bavq.core.storage import newest_checkpoint, read_json, read_weights, write_json
 from bavq.evaluation.reports import load_weights, weights_from
 from bavq.models.priors import load_prior, make_prior
 from bavq.quantizers.base import make_quantizer
-from bavq.theory.sources import load_images, read_arrays, read_image
+from bavq.training.data import load_images, read_arrays, read_image
 from bavq.training.experiments import read_config, run
-from bavq.training.loop import load_model
+from bavq.training.checkpoints import load_model
 from bavq.training.prior_training import extract_codes
 
 SOURCES = sorted(Path(bavq.__file__).parent.glob("*.py"))
@@ -243,9 +236,10 @@ def test_archives_that_climb_out_write_nothing(here):
 
 def png(width, height, rows=1):
     "A small file that claims to be a large picture; with all its rows, it is one, and black."
-    part = lambda kind, data: (
-        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-    )
+
+    def part(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
     packer = zlib.compressobj()
     data = b"".join(packer.compress(bytes(1 + 3 * width)) for _ in range(rows)) + packer.flush()
     return (
@@ -296,7 +290,8 @@ BOMBS = {  # how it is made, what reads it
 
 
 def tell(pipe, read, path):
-    "In a process of its own, whose memory has no earlier peak: what reading says, and how many kilobytes and seconds it took."
+    """In a process of its own, whose memory has no earlier peak: what reading says, and how many kilobytes
+    and seconds it took."""
     import resource
 
     peak, began = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
@@ -327,7 +322,7 @@ def test_a_bomb_is_refused_before_it_fills_the_memory(bomb, here):
 
 def test_an_archive_of_arrays_says_how_large_it_becomes(here, monkeypatch):
     "Sizes are in the archive's table, and are looked at before anything is unpacked."
-    monkeypatch.setattr("bavq.theory.sources.MEMORY_LIMIT", 2**24)
+    monkeypatch.setattr("bavq.training.data.MEMORY_LIMIT", 2**24)
     zipped(here / "x.npz", "train.npy", 2**26)
     with pytest.raises(BavqError, match="would fill the memory"):
         read_arrays(here / "x.npz")

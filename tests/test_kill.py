@@ -1,4 +1,5 @@
-"Killed anywhere and resumed, training ends where an undisturbed run does, to the bit: a dozen of the kills that tools/kill.py records."
+"""Killed anywhere and resumed, training ends where an undisturbed run does, to the bit: a dozen of the kills
+that tools/kill.py records."""
 
 import sys
 from pathlib import Path

@@ -8,8 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from bavq.core.config import BavqError, RunConfig
-from bavq.theory.sources import cache_dir
+from bavq.core.config import RunConfig
+from bavq.core.errors import BavqError
+from bavq.training.data import cache_dir
 from bavq.training.experiments import as_task, run
 from bavq.training.sweeps import Ray, collect, sweep
 

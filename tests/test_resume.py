@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bavq.core.config import BavqError, RunConfig
+from bavq.core.config import RunConfig
+from bavq.core.errors import BavqError
 from bavq.training.experiments import run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -85,7 +86,8 @@ def difference(a, b, path=""):
 
 
 def test_killed_and_resumed_is_undisturbed(tmp_path):
-    "Killed in the second epoch, before any checkpoint, and in the fourth, between two; the run's lock goes with its process."
+    """Killed in the second epoch, before any checkpoint, and in the fourth, between two; the run's lock goes
+    with its process."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     run(RunConfig(name="whole", **TINY), tmp_path, progress=False)
     for epochs in (1, 3):

@@ -1,12 +1,17 @@
-"""Rules about the whole project: the order of the modules, what importing costs, and the habits of the notebooks.
+"""Rules about the whole project: the order of the modules, what importing costs, and the habits of the
+notebooks.
 
 Every test lists all that breaks its rule and says what to do."""
 
 import ast
+import importlib
+import inspect
 import json
 import re
+import statistics
 import subprocess
 import sys
+from collections import Counter
 from configparser import ConfigParser
 from importlib.metadata import packages_distributions
 from pathlib import Path
@@ -35,7 +40,8 @@ def place(notebook):
 
 
 def module_name(notebook):
-    "The module that a notebook's code belongs to: `2_quantizers/01_base` makes quantizers.base; the appendix has no folder."
+    """The module that a notebook's code belongs to: `2_quantizers/01_base` makes quantizers.base; the
+    appendix has no folder."""
     part, _, stem = notebook.rpartition("/")
     return f"{part[2:]}.{stem[3:]}" if part[0].isdigit() else stem[3:]
 
@@ -84,7 +90,8 @@ def canonical(distribution):
 
 
 def imports(tree, module="part.module"):
-    "(name, line) of everything imported anywhere in a module, also inside functions: `from a.b import c` gives a.b and a.b.c."
+    """(name, line) of everything imported anywhere in a module, also inside functions: `from a.b import c`
+    gives a.b and a.b.c."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from ((a.name, node.lineno) for a in node.names)
@@ -156,7 +163,8 @@ def test_every_import_points_to_an_earlier_notebook():
                 and not PLACE[m[1]] < PLACE[module]
             ):
                 wrong.append(
-                    f"{where}: only earlier notebooks may be imported; move the code, or register it from the later notebook"
+                    f"{where}: only earlier notebooks may be imported; move the code, or register it from the"
+                    " later notebook"
                 )
     none(sorted(set(wrong)))
 
@@ -177,7 +185,10 @@ def test_only_plots_imports_matplotlib():
 
 
 def test_import_bavq_is_light():
-    heavy = "pandas matplotlib seaborn sklearn skimage accelerate torchvision torchmetrics scipy fastcore nbdev IPython".split()
+    heavy = (
+        "pandas matplotlib seaborn sklearn skimage accelerate torchvision torchmetrics scipy fastcore nbdev"
+        " IPython".split()
+    )
     code = f"import sys, json, bavq; print(json.dumps([m for m in {heavy!r} if m in sys.modules]))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -190,7 +201,8 @@ def test_import_bavq_is_light():
 
 
 def test_requirements_cover_every_import():
-    "The package runs with `requirements` (optional libraries, with their extra), the notebooks with their extra beside it."
+    """The package runs with `requirements` (optional libraries, with their extra), the notebooks with their
+    extra beside it."""
     ini = ConfigParser(delimiters=["="], interpolation=None)
     ini.read(ROOT / "settings.ini", encoding="utf-8")
     required = {
@@ -228,28 +240,128 @@ def test_requirements_cover_every_import():
 # The notebooks
 
 
-def test_exported_cells_are_short():
-    none(
-        [
-            f"{n} cell {i}: {len(body(s))} exported lines; split it, 40 at most"
-            for n, i, s, _ in code_cells(only_exported=True)
-            if len(body(s)) > 40
-        ]
+def exported_trees():
+    "(notebook, position, lines, tree) of every exported cell that is more than imports."
+    for n, i, source, _ in code_cells(only_exported=True):
+        tree = statements(source)
+        if not all(isinstance(s, (ast.Import, ast.ImportFrom)) for s in tree):
+            yield n, i, len(body(source)), ast.Module(tree, [])
+
+
+def count_statements(tree):
+    "Statements at any depth; a docstring is none."
+    return sum(
+        isinstance(node, ast.stmt)
+        and not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))
+        for node in ast.walk(tree)
     )
+
+
+def test_exported_cells_are_short():
+    cells = list(exported_trees())
+    counted = [(n, i, count_statements(tree)) for n, i, _, tree in cells]
+    wrong = [f"{n} cell {i}: {k} exported statements; split it, 25 at most" for n, i, k in counted if k > 25]
+    median = statistics.median(lines for _, _, lines, _ in cells)
+    if median > 12:
+        wrong.append(
+            f"half of the exported cells have more than {median:g} lines; split the longest, 12 at most"
+        )
+    none(wrong)
 
 
 def test_notebooks_export_little():
-    lines = dict.fromkeys(NOTEBOOKS, 0)
-    for n, _, source, _ in code_cells(only_exported=True):
-        if not all(isinstance(s, (ast.Import, ast.ImportFrom)) for s in statements(source)):
-            lines[n] += len(body(source))
+    total = dict.fromkeys(NOTEBOOKS, 0)
+    for n, _, _, tree in exported_trees():
+        total[n] += count_statements(tree)
+    none(
+        f"{n}: {k} exported statements; 250 at most, make two notebooks of one idea each"
+        for n, k in total.items()
+        if k > 250
+    )
+
+
+def test_exported_code_takes_one_step_at_a_time():
+    wrong = []
+    for n, i, _, tree in exported_trees():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.IfExp) and any(
+                isinstance(x, ast.IfExp) for x in (node.body, node.test, node.orelse)
+            ):
+                wrong.append(f"{n} cell {i}: `{ast.unparse(node)[:60]}` nests conditions; write if and else")
+            if (
+                isinstance(node, ast.Assign)
+                and isinstance(node.value, ast.Tuple)
+                and len(node.value.elts) > 2
+                and any(isinstance(x, ast.Call) for x in node.value.elts)
+            ):
+                wrong.append(f"{n} cell {i}: `{ast.unparse(node)[:60]}` does several things; a line for each")
+    none(wrong)
+
+
+def public():
+    "(module, name, object) of everything that a module offers."
+    for m in MODULES:
+        module = importlib.import_module(f"bavq.{m}")
+        for name in getattr(module, "__all__", ()):
+            yield m, name, getattr(module, name)
+
+
+def test_public_names_are_few():
+    names = [(m, n) for m, n, _ in public()]
+    by_module = Counter(m for m, _ in names).most_common(5)
     none(
         [
-            f"{n}: {k} exported lines beside imports; 300 at most, make two notebooks of one idea each"
-            for n, k in lines.items()
-            if k > 300
+            f"{len(names)} public names; 250 at most, mark internal cells with `#| exporti`. Most: "
+            + ", ".join(f"{m} {k}" for m, k in by_module)
         ]
+        if len(names) > 250
+        else []
     )
+
+
+def own(method, cls):
+    "A method that a class defines for its users, with no documented one above it."
+    if method.__name__.startswith("_") and method.__name__ != "__init__":
+        return False
+    above = [getattr(base, method.__name__, None) for base in cls.__mro__[1:]]
+    return method.__name__ == "__init__" or not any(f is not None and f.__doc__ for f in above)
+
+
+def functions_of(name, thing):
+    "(what it is called, function) of a public object: itself, or the methods of a class."
+    if inspect.isfunction(thing):
+        yield name, thing
+    elif inspect.isclass(thing):
+        for key, value in vars(thing).items():
+            method = getattr(value, "__func__", value)
+            written = inspect.isfunction(method) and "<string>" not in method.__code__.co_filename
+            if written and own(method, thing):
+                yield f"{name}.{key}", method
+
+
+def test_public_code_is_documented_and_annotated():
+    wrong = []
+    for m, name, thing in public():
+        if not callable(thing) or getattr(thing, "__module__", "") != f"bavq.{m}":
+            continue
+        if not inspect.getdoc(thing):
+            wrong.append(f"bavq.{m}.{name}: no docstring; say in one line what it is")
+        for called, f in functions_of(name, thing):
+            bare = [
+                p.name
+                for p in inspect.signature(f).parameters.values()
+                if p.annotation is p.empty and p.name != "self" and p.name != "cls"
+            ]
+            if bare:
+                wrong.append(f"bavq.{m}.{called}: {', '.join(bare)} without a type; annotate")
+    none(wrong)
+
+
+def test_types():
+    "mypy, with the settings of pyproject.toml."
+    done = subprocess.run([sys.executable, "-m", "mypy", "bavq"], cwd=ROOT, capture_output=True, text=True)
+    none(line for line in (done.stdout + done.stderr).splitlines() if ": error:" in line)
+    assert done.returncode == 0, done.stdout[-500:] + done.stderr[-500:]
 
 
 def test_imports_stand_alone():
@@ -262,7 +374,8 @@ def test_imports_stand_alone():
 
 
 def test_notebooks_are_executed():
-    "As far as it can be seen without running: a last line that is a value has an output, and a notebook that runs anything shows something."
+    """As far as it can be seen without running: a last line that is a value has an output, and a notebook
+    that runs anything shows something."""
     shows = (
         ast.Name,
         ast.Attribute,
@@ -320,7 +433,8 @@ def test_figures_are_described():
 
 
 def test_readme_shows_every_notebook():
-    "As far as it is not the gate's part, which compares bytes: a new title or idea reaches the map only by running the index."
+    """As far as it is not the gate's part, which compares bytes: a new title or idea reaches the map only by
+    running the index."""
     text, wrong = (ROOT / "README.md").read_text(encoding="utf-8"), []
     for n, nb in NOTEBOOKS.items():
         head = "".join(nb["cells"][0]["source"])
@@ -328,7 +442,8 @@ def test_readme_shows_every_notebook():
             wrong.append(f"{n}: begin with `# Title`, an empty line, and `> its one idea`")
         elif n != "index" and not (f"(nbs/{n}.ipynb)" in text and found[2] in text):
             wrong.append(
-                f"{n} is not in README.md under this title and idea: run `make execute NB=index`, then `make readme`"
+                f"{n} is not in README.md under this title and idea: run `make execute NB=index`, then `make"
+                " readme`"
             )
     none(wrong)
 

@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
 """Give bavq a thousand and more bad inputs: python tools/bad_input.py --out results/safety/bad_input.json
 
-Every case must end in a BavqError of one line that names a cause and a cure (a command: exit code 2, one line, no traceback), and must
-leave the folder as it was: no file half-written, none overwritten. Cases are generated from lists of what can be wrong with a value of
-a kind; `--seed` and `--share` pick a part of them."""
+Every case must end in a BavqError of one line that names a cause and a cure (a command: exit code 2, one
+line, no traceback), and must leave the folder as it was: no file half-written, none overwritten. Cases are
+generated from lists of what can be wrong with a value of a kind; `--seed` and `--share` pick a part of
+them."""
 
 import argparse
 import contextlib
@@ -28,21 +29,16 @@ import bavq
 import bavq.evaluation.compression as compression
 import bavq.quantizers.remedies as remedies
 import bavq.theory.rate_distortion as rd
-import bavq.theory.sources as data
+import bavq.theory.sources as sources
+import bavq.training.data as data
 from bavq.cli import main
-from bavq.core.config import (
-    BavqError,
-    RunConfig,
-    check_config,
-    config_from_dict,
-    read_json,
-    read_weights,
-    write_json,
-)
+from bavq.core.config import RunConfig, check_config, config_from_dict
+from bavq.core.errors import BavqError
+from bavq.core.storage import read_json, read_weights, write_json
 from bavq.models.priors import load_prior, make_prior
 from bavq.training.experiments import environment, load_results, read_config, run
 from bavq.training.sweeps import sweep
-from bavq.training.loop import load_model
+from bavq.training.checkpoints import load_model
 from bavq.training.prior_training import PriorConfig, prepare_prior
 
 NAN, INF = float("nan"), float("inf")
@@ -227,14 +223,14 @@ def functions():
         dict(p=NUMBER + [-0.1, 1.1], distortion=["a", None, -1.0, NAN]),
     )
     for f, o in (
-        (data.gaussian_source, {}),
-        (data.bernoulli_source, dict(p=NUMBER + [-0.1, 1.1])),
-        (data.mixture_source, dict(num_components=WHOLE[:9] + [0], dim=WHOLE[:9] + [0])),
+        (sources.gaussian_source, {}),
+        (sources.bernoulli_source, dict(p=NUMBER + [-0.1, 1.1])),
+        (sources.mixture_source, dict(num_components=WHOLE[:9] + [0], dim=WHOLE[:9] + [0])),
     ):
         yield from each(f.__name__, f, dict(n=10), dict(n=WHOLE + [0], **o))
     yield from each(
         "gaussian_source",
-        data.gaussian_source,
+        sources.gaussian_source,
         dict(n=10),
         dict(cov_or_dim=[0, -1, "a", None, [[1.0, 2.0]], [[1.0, 2.0], [3.0, 1.0]], [-1.0], [NAN]]),
     )
@@ -347,7 +343,8 @@ def damage(whole, rng):
 
 
 def files(folder):
-    "Yields (format, what is wrong, call) of damaged and foreign files; a change that the reader may not see is left out."
+    """Yields (format, what is wrong, call) of damaged and foreign files; a change that the reader may not see
+    is left out."""
     rng = random.Random(0)
     torch.save({"a": torch.randn(100)}, folder / "w.pt")
     readers = {

@@ -1,9 +1,11 @@
-"""Use the notebooks as a reader does, in JupyterLab and in a real browser: python tools/browser.py [7_comparison/02_explore …]
+"""Use the notebooks as a reader does, in JupyterLab and in a real browser: python tools/browser.py
+[7_comparison/02_explore …]
 
-Works in a copy of nbs/ and results/ whose outputs are removed. Every cell must run, no output may be an error, and what can be moved
-is moved with the keyboard: the picture must change. Screenshots and times go to experiments/browser/. Needs Chromium: Playwright's, the
-system's, or the one that BAVQ_CHROMIUM names; with --install it is fetched where that is possible. Without one, a line says so.
-The last line reads `N passed, N failed`; the exit status is 1 where anything failed."""
+Works in a copy of nbs/ and results/ whose outputs are removed. Every cell must run, no output may be an
+error, and what can be moved is moved with the keyboard: the picture must change. Screenshots and times go to
+experiments/browser/. Needs Chromium: Playwright's, the system's, or the one that BAVQ_CHROMIUM names; with
+--install it is fetched where that is possible. Without one, a line says so. The last line reads `N passed, N
+failed`; the exit status is 1 where anything failed."""
 
 import argparse
 import json
@@ -43,7 +45,10 @@ FLAGS = [
     "--disable-sync",
 ]
 DONE = "from pathlib import Path; Path('{name}.done').touch()"
-ERROR = '.jp-OutputArea-output[data-mime-type="application/vnd.jupyter.error"], .jp-RenderedText[data-mime-type="application/vnd.jupyter.error"]'
+ERROR = (
+    '.jp-OutputArea-output[data-mime-type="application/vnd.jupyter.error"],'
+    ' .jp-RenderedText[data-mime-type="application/vnd.jupyter.error"]'
+)
 
 
 # The browser
@@ -92,7 +97,8 @@ def fetch_chromium():
 
 @contextmanager
 def workplace():
-    "A copy of what a reader has, outputs removed, and settings that ask JupyterLab to draw all cells and to fetch no news."
+    """A copy of what a reader has, outputs removed, and settings that ask JupyterLab to draw all cells and to
+    fetch no news."""
     with tempfile.TemporaryDirectory(prefix="bavq-browser-") as tmp:
         tmp = Path(tmp)
         shutil.copytree(ROOT / "results", tmp / "results")
@@ -197,7 +203,8 @@ def voila(tmp, port):
 
 
 def press_run(page):
-    "Run, Run All Cells; once more where the kernel was not there yet, and JupyterLab asked which one to take."
+    """Run, Run All Cells; once more where the kernel was not there yet, and JupyterLab asked which one to
+    take."""
     from playwright.sync_api import TimeoutError as Late
 
     accept, begun = (
@@ -290,7 +297,8 @@ def control(box, label, kind):
 
 
 def move(page, box, label, keys):
-    "Move a slider with the keyboard, one key at a time; the median of the milliseconds until the picture changed."
+    """Move a slider with the keyboard, one key at a time; the median of the milliseconds until the picture
+    changed."""
     handle = control(box, label, ".noUi-handle")
     handle.focus()
     times = [after(page, box, lambda k=k: page.keyboard.press(k)) for k in keys]
@@ -346,12 +354,17 @@ def explore_sizes(page, times):
 def explore_training(page, times):
     "Start, stop, see that it can go on; all with the keyboard."
     box = box_of(page, "seed")
-    button = lambda text: box.get_by_role("button", name=text)
-    epoch = lambda text: (
-        int(text.partition("epoch ")[2].partition(" of")[0] or 0)
-        if "epoch " in text and "no epoch" not in text
-        else 0
-    )
+
+    def button(text):
+        return box.get_by_role("button", name=text)
+
+    def epoch(text):
+        return (
+            int(text.partition("epoch ")[2].partition(" of")[0] or 0)
+            if "epoch " in text and "no epoch" not in text
+            else 0
+        )
+
     button("Start").press("Enter")
     wait_caption(page, box, lambda text: epoch(text) >= 2)
     button("Stop").press("Enter")
@@ -437,7 +450,8 @@ def run_browser(report, names=(), install=False, patience=240):
             browser = start_chromium(p)
         if browser is None:
             return print(
-                "browser tests skipped: no Chromium (playwright install chromium, or name one in BAVQ_CHROMIUM)",
+                "browser tests skipped: no Chromium (playwright install chromium, or name one in"
+                " BAVQ_CHROMIUM)",
                 flush=True,
             )
         use_lab(browser, report, names or READ, times, patience)
@@ -448,7 +462,8 @@ def run_browser(report, names=(), install=False, patience=240):
         json.dumps({k: round(v, 1) for k, v in times.items()}, indent=1, ensure_ascii=False) + "\n"
     )
     print(
-        f"screenshots: {OUT.relative_to(ROOT)}; milliseconds from key to picture: {', '.join(f'{k} {v:.0f}' for k, v in times.items())}",
+        f"screenshots: {OUT.relative_to(ROOT)}; milliseconds from key to picture:"
+        f" {', '.join(f'{k} {v:.0f}' for k, v in times.items())}",
         flush=True,
     )
 

@@ -1,8 +1,8 @@
 """Build the documentation site: python tools/docs.py [_docs]
 
-The notebooks are its chapters, in their order and as they are stored: nothing is run, and the code of the package stands where it
-is explained. Signatures, docstrings and the comments beside arguments give the reference. Links, anchors and pictures of the
-built pages are checked; links to other sites are not."""
+The notebooks are its chapters, in their order and as they are stored: nothing is run, and the code of the
+package stands where it is explained. Signatures, docstrings and the comments beside arguments give the
+reference. Links, anchors and pictures of the built pages are checked; links to other sites are not."""
 
 import importlib
 import inspect
@@ -146,11 +146,17 @@ def reference(chapters, places):
         if not entries:
             continue
         says = summary(nb)[:1].upper() + summary(nb)[1:]
-        intro = f"# {name}\n\n{says}. Explained, pictured and tested in [{title(nb)}](../{stem}.ipynb).\n\n```{{py:module}} {name}\n```\n\n"
+        intro = (
+            f"# {name}\n\n{says}. Explained, pictured and tested in"
+            f" [{title(nb)}](../{stem}.ipynb).\n\n```{{py:module}} {name}\n```\n\n"
+        )
         pages[f"api/{made}.md"] = intro + "\n".join(entries)
         rows.append(f"| [{name}]({made}.md) | {summary(nb)} |")
     toc = "```{toctree}\n:hidden:\n\n" + "\n".join(Path(p).name.removesuffix(".md") for p in pages) + "\n```"
-    head = "# Reference\n\nEvery public class and function of the package, module by module; each links to the place where it is built.\n"
+    head = (
+        "# Reference\n\nEvery public class and function of the package, module by module; each links to the"
+        " place where it is built.\n"
+    )
     pages["api/index.md"] = "\n".join([head, "| module | what it holds |", "|---|---|", *rows, "", toc, ""])
     return pages
 
@@ -215,7 +221,8 @@ def is_imports(source):
 
 
 def chapter(path, table, cfg):
-    "A notebook as the site shows it: what is marked hidden left out, imports folded, exported code marked, pictures described."
+    """A notebook as the site shows it: what is marked hidden left out, imports folded, exported code marked,
+    pictures described."""
     from execnb.nbio import nb2str
     from nbdev.process import NBProcessor
     from nbdev.processors import clean_magics, hide_, hide_line, populate_language
@@ -410,7 +417,8 @@ class Page(HTMLParser):
 
 
 def broken(site):
-    "One line for each link, anchor or picture that leads nowhere, and for each picture that is not described."
+    """One line for each link, anchor or picture that leads nowhere, and for each picture that is not
+    described."""
     pages = {p.resolve(): Page(p) for p in sorted(site.rglob("*.html"))}
     for path, page in pages.items():
         name = path.relative_to(site.resolve())

@@ -32,7 +32,8 @@ def find(names):
 
 
 def shrink(nb, colours=128):
-    "Store figures with a palette where that saves a quarter or more: a third of the bytes, no difference to the eye."
+    """Store figures with a palette where that saves a quarter or more: a third of the bytes, no difference to
+    the eye."""
     for data in (
         o["data"] for c in nb.cells for o in c.get("outputs", []) if "image/png" in o.get("data", {})
     ):

@@ -1,7 +1,8 @@
-"""Everything CI checks: clean and export change nothing, README.md is up to date, the site builds, every notebook runs, pytest passes.
+"""Everything CI checks: clean and export change nothing, README.md is up to date, the site builds, every
+notebook runs, pytest passes.
 
-Run by `make test`. Compares bytes, so it needs no clean git tree; clean and export work on a copy, the tree stays as it is.
-The last line reads `N passed, N failed`; the exit status is 1 where anything failed."""
+Run by `make test`. Compares bytes, so it needs no clean git tree; clean and export work on a copy, the tree
+stays as it is. The last line reads `N passed, N failed`; the exit status is 1 where anything failed."""
 
 import argparse
 import os
@@ -137,7 +138,10 @@ def run_notebook(path, timeout):
     except subprocess.TimeoutExpired:
         return (
             time.monotonic() - start,
-            f'stopped after {timeout} s: make the notebook faster, or give more time with ARGS="--timeout 600"',
+            (
+                f'stopped after {timeout} s: make the notebook faster, or give more time with ARGS="--timeout'
+                ' 600"'
+            ),
         )
     finally:
         stop(p)

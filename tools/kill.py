@@ -1,10 +1,12 @@
 #!/usr/bin/env python3
-"""Kill training at random moments, resume it, and compare with a run that was left alone: python tools/kill.py --kills 200
+"""Kill training at random moments, resume it, and compare with a run that was left alone: python
+tools/kill.py --kills 200
 
-A run is killed by SIGKILL up to ten times, wherever it is, then left to end; everything it wrote must equal the files of the
-undisturbed run, to the bit, times excepted. Half of the kills come after a random time, half a random time after the process began
-to write a checkpoint, and writes are slowed down, so that many land inside one. To afford hundreds of them, this process imports
-torch once and forks a child for every attempt; `--fresh` of the kills are dealt to new interpreters instead."""
+A run is killed by SIGKILL up to ten times, wherever it is, then left to end; everything it wrote must equal
+the files of the undisturbed run, to the bit, times excepted. Half of the kills come after a random time, half
+a random time after the process began to write a checkpoint, and writes are slowed down, so that many land
+inside one. To afford hundreds of them, this process imports torch once and forks a child for every attempt;
+`--fresh` of the kills are dealt to new interpreters instead."""
 
 import argparse
 import json
@@ -17,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 os.environ |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
@@ -27,10 +30,12 @@ import torch
 import torch._dynamo  # noqa: F401
 import tqdm.auto  # noqa: F401
 
-import bavq.core.config
+import bavq.core.storage
+import bavq.training.checkpoints
 import bavq.training.loop
 import bavq.training.prior_training
-from bavq.core.config import RunConfig, read_history, read_weights, write_json
+from bavq.core.config import RunConfig
+from bavq.core.storage import read_history, read_weights, write_json
 from bavq.training.experiments import environment, run
 from bavq.training.prior_training import Codes, PriorConfig, fit_prior
 
@@ -90,7 +95,7 @@ def work(name, folder, data):
     if isinstance(config, PriorConfig):
         return fit_prior(config, codes(), folder, resume=True, progress=False)
     return run(
-        bavq.core.config.replace(config, name=folder.name, data=data),
+        replace(config, name=folder.name, data=data),
         folder.parent,
         resume=True,
         progress=False,
@@ -114,18 +119,20 @@ def mark(module, function, place, where, slow=0.0):
 
 def instrument(where, slow):
     "Say where the process is, write slowly, and write a checkpoint every few steps."
-    bavq.training.loop.SAVE_EVERY = 0.01
-    for module in (bavq.training.loop, bavq.training.prior_training):
-        mark(module, "save_checkpoint", 6, where)
+    bavq.training.checkpoints.SAVE_EVERY = 0.01
+    modules = bavq.training.checkpoints, bavq.training.loop, bavq.training.prior_training
+    for module in modules:
         for function in ("write_json", "write_history", "write_weights"):
-            mark(module, function, lambda now: 4 if now in (4, 6) else 7, where)
+            if hasattr(module, function):
+                mark(module, function, lambda now: 4 if now in (4, 6) else 7, where)
+        mark(module, "save_checkpoint", 6, where)
+        if hasattr(module, "restore_state"):
+            mark(module, "restore_state", 1, where)
+        if hasattr(module, "rest_of_epoch"):
+            mark(module, "rest_of_epoch", 2, where)
     mark(bavq.training.loop, "validate", 3, where)
     mark(bavq.training.prior_training, "bits_per_code", 3, where)
-    mark(bavq.training.loop, "put_back", 1, where)
-    mark(bavq.training.prior_training, "put_back", 1, where)
-    for module in (bavq.training.loop, bavq.training.prior_training):
-        mark(module, "rest_of_epoch", 2, where)
-    mark(bavq.core.config._Noted, "write", lambda now: now, where, slow)
+    mark(bavq.core.storage._ErrorKeeper, "write", lambda now: now, where, slow)
     mark(os, "replace", lambda now: 5 if now == 4 else now, where, slow)
 
 
@@ -147,7 +154,8 @@ def attempt(name, folder, data, rng, kill, slow):
 
 
 def strike(pid, where, rng, kill):
-    "Kill a process, at a time or a while after it began to write a checkpoint; where it was, or None where it had ended."
+    """Kill a process, at a time or a while after it began to write a checkpoint; where it was, or None where
+    it had ended."""
     if kill:
         until = time.monotonic() + rng.uniform(0, kill)
         while time.monotonic() < until and not os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
@@ -167,7 +175,11 @@ def strike(pid, where, rng, kill):
 
 def fresh(name, folder, data, rng, kill):
     "The same in a new interpreter, whose import of torch counts as starting."
-    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import kill; kill.bavq.training.loop.SAVE_EVERY = 0.01; print('ready', flush=True); kill.work({name!r}, kill.Path({str(folder)!r}), {data!r})"
+    code = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import kill;"
+        f" kill.bavq.training.checkpoints.SAVE_EVERY = 0.01; print('ready', flush=True); kill.work({name!r},"
+        f" kill.Path({str(folder)!r}), {data!r})"
+    )
     child = subprocess.Popen(
         [sys.executable, "-c", code],
         stdout=subprocess.PIPE,
@@ -200,7 +212,8 @@ def difference(a, b, path=""):
 
 
 def compare(whole, killed):
-    "What differs between the folders of two finished runs: weights, optimizer, buffers, generators, history, metrics; None if nothing."
+    """What differs between the folders of two finished runs: weights, optimizer, buffers, generators,
+    history, metrics; None if nothing."""
     last = sorted(whole.glob("checkpoint_epoch?.pt"))[-1].name
     for name in ("final_model.pt", last):
         if d := difference(read_weights(whole / name), read_weights(killed / name)):

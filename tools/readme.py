@@ -1,7 +1,9 @@
-"""Write README.md from nbs/index.ipynb, its figures as nbs/images/readme-N.png, and a small picture of each notebook: python tools/readme.py
+"""Write README.md from nbs/index.ipynb, its figures as nbs/images/readme-N.png, and a small picture of each
+notebook: python tools/readme.py
 
-The stored outputs are used as they are; nothing is run. The same notebook always gives the same README and figures; a small
-picture, nbs/images/NAME.png, is the notebook's first figure and names the bytes it was made from."""
+The stored outputs are used as they are; nothing is run. The same notebook always gives the same README and
+figures; a small picture, nbs/images/NAME.png, is the notebook's first figure and names the bytes it was made
+from."""
 
 import base64
 import hashlib
@@ -52,7 +54,8 @@ def obey(cell):
 
 
 def from_root(text):
-    "Markdown whose relative links, written for nbs/, work from the root of the repository; code stays as it is."
+    """Markdown whose relative links, written for nbs/, work from the root of the repository; code stays as it
+    is."""
 
     def fix(m):
         before, target = m[1] or m[3], m[2] or m[4]
@@ -140,7 +143,8 @@ def thumbnail(figure, size=(200, 112)):
 
 
 def made_from(path):
-    "The digest a small picture names; nothing where it is no such picture. Its own bytes may differ between versions of Pillow."
+    """The digest a small picture names; nothing where it is no such picture. Its own bytes may differ between
+    versions of Pillow."""
     try:
         return Image.open(path).text.get("made-from")
     except (OSError, AttributeError):
@@ -171,7 +175,8 @@ def problems(files, root=ROOT):
         [f"{n} is not what {INDEX} gives: run `make readme`" for n in stale]
         + [f"{n} is not the first figure of its notebook: run `make readme`" for n in old]
         + [
-            f"dead link in {INDEX}: {t}; a notebook that is new or renamed: run `make execute NB=index`, then `make readme`"
+            f"dead link in {INDEX}: {t}; a notebook that is new or renamed: run `make execute NB=index`, then"
+            " `make readme`"
             for t in dead
         ]
     )

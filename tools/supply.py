@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
-"""Record what bavq was tried with: run it by the interpreter of an environment that holds the oldest supported versions.
+"""Record what bavq was tried with: run it by the interpreter of an environment that holds the oldest
+supported versions.
 
-python tools/supply.py --audit audit.json --out results/safety/supply.json     (audit.json: pip-audit -f json)"""
+python tools/supply.py --audit audit.json --out results/safety/supply.json     (audit.json: pip-audit -f
+json)"""
 
 import argparse
 import json
@@ -15,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from bavq.core.config import write_json  # noqa: E402
+from bavq.core.storage import write_json  # noqa: E402
 
 TESTS = "tests/test_hostile.py", "tests/test_faults.py", "tests/test_contract.py"
 
@@ -40,9 +42,9 @@ write_json(
         python=sys.version.split()[0],
         oldest={n: version(n) for n in names},
         tests=list(TESTS),
-        outcome=done.stdout.strip().splitlines()[-1].strip("= ")
-        if done.stdout.strip()
-        else done.stderr[-200:],
+        outcome=(
+            done.stdout.strip().splitlines()[-1].strip("= ") if done.stdout.strip() else done.stderr[-200:]
+        ),
         audit=dict(
             packages=len(packages),
             answered=sum("vulns" in p for p in packages),

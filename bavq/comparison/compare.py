@@ -4,155 +4,247 @@
 
 # %% ../../nbs/7_comparison/01_compare.ipynb #7e56ad54
 from __future__ import annotations
+import itertools
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Iterable, Sequence
 import pandas as pd
-from ..core.config import RunConfig, atomic_write, require
+from ..core.config import RunConfig
+from ..core.errors import require
+from ..core.storage import atomic_write
+from ..evaluation.summaries import groups, summarise
+from ..theory.statistics import holm
 from ..training.experiments import ANSWER
-from ..theory.statistics import groups, holm, permutation_p, summarise
 
 # %% auto #0
 __all__ = ['STUDY_DATA', 'ARMS', 'RIVALS', 'cases', 'bar', 'verdict', 'answer_figure', 'arm', 'answer_configs', 'five_pairs',
            'name_arms', 'against_each', 'against_strongest', 'compare_figure']
 
-# %% ../../nbs/7_comparison/01_compare.ipynb #bd0b0028
+# %% ../../nbs/7_comparison/01_compare.ipynb #b2bd06a4
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# %% ../../nbs/7_comparison/01_compare.ipynb #ddd2e8e5
 def cases(
-    summary: pd.DataFrame,   # of `statistics.summarise`
-    method: str = "ba_vq",   # compared with the summary's baseline
-) -> pd.DataFrame:
+    summary: pd.DataFrame,  # of `statistics.summarise`
+    method: str = "ba_vq",  # compared with the summary's baseline
+) -> pd.DataFrame:          # its rows, with a column `case`
     "The rows of one method that have pairs, with a name for each case."
     rows = summary[(summary["method"] == method) & (summary["pairs"] > 0)].reset_index(drop=True)
     require(len(rows), f"{method} has no pairs with the baseline: train both with the same seeds")
-    dims = [f", D = {d}" for d in rows["embedding_dim"]] if "embedding_dim" in rows else [""] * len(rows)
-    return rows.assign(case=[f"{Path(d).name}, K = {k}{dim}" for d, k, dim in zip(rows["data"], rows["codebook_size"], dims)])
+    names = [f"{Path(data).name}, K = {K}" for data, K in zip(rows["data"], rows["codebook_size"])]
+    if "embedding_dim" in rows:
+        names = [f"{name}, D = {D}" for name, D in zip(names, rows["embedding_dim"])]
+    return rows.assign(case=names)
 
+# %% ../../nbs/7_comparison/01_compare.ipynb #1f542bd6
 def bar(
     c: pd.DataFrame,        # of `cases`
     margin: float = 0.05,   # dB of PSNR that may be lost
     alpha: float = 0.01,    # for the p of the perplexity
-) -> pd.DataFrame:
+) -> pd.DataFrame:          # the cases, with columns more_codes, psnr_kept, both, perplexity_p_holm
     "The cases, with three columns that say what each shows: more codes used, PSNR kept, and both."
-    more, kept = (c["perplexity_diff"] > 0) & (c["perplexity_p"] < alpha), c["psnr_low"] > -margin
+    more = (c["perplexity_diff"] > 0) & (c["perplexity_p"] < alpha)
+    kept = c["psnr_low"] > -margin
     return c.assign(more_codes=more, psnr_kept=kept, both=more & kept, perplexity_p_holm=holm(c["perplexity_p"]))
 
+# %% ../../nbs/7_comparison/01_compare.ipynb #e2c3f834
 def verdict(
-    summary: pd.DataFrame,   # of `statistics.summarise`
-    method: str = "ba_vq",   # compared with the summary's baseline
+    summary: pd.DataFrame,     # of `statistics.summarise`
+    method: str = "ba_vq",     # compared with the summary's baseline
     baseline: str = "vq_ema",  # which that is
-) -> str:
-    "The answer in Markdown, counted from the intervals."
+) -> str:                      # Markdown
+    "The answer, counted from the intervals."
     from bavq.core.plots import method_label
-    c, other = bar(cases(summary, method)), method_label(baseline)
-    fewer, lost = ((c["perplexity_diff"] < 0) & (c["perplexity_p"] < 0.01)).sum(), (c["psnr_high"] < 0).sum()
-    part, name = 100 * c["perplexity_diff"] / c["perplexity_base"], method_label(method)
-    held = c["both"].sum() >= 0.75 * len(c)
-    shown = "Yes, in most cases" if held else "In part" if c["both"].any() else "Not shown"
-    return (f"**{shown}.** Of {len(c)} cases ({c['pairs'].min()} or more paired seeds each), {name} has the higher perplexity with p < 0.01 in {c['more_codes'].sum()}, {other} in {fewer}; "
-            f"the difference is {part.median():+.1f} % of {other}'s in the median, from {part.min():+.1f} to {part.max():+.1f} %. A loss of 0.05 dB of PSNR is excluded in {c['psnr_kept'].sum()} cases, and {name} is worse in {lost}; "
-            f"the mean difference runs from {c['psnr_diff'].min():+.2f} to {c['psnr_diff'].max():+.2f} dB. Both together hold in {c['both'].sum()} of {len(c)}.")
+    c = bar(cases(summary, method))
+    name, other = method_label(method), method_label(baseline)
+    fewer = ((c["perplexity_diff"] < 0) & (c["perplexity_p"] < 0.01)).sum()
+    lost = (c["psnr_high"] < 0).sum()
+    gain = 100 * c["perplexity_diff"] / c["perplexity_base"]
+    return " ".join([
+        f"**{answer_word(c)}.** Of {len(c)} cases ({c['pairs'].min()} or more paired seeds each), {name} has the",
+        f"higher perplexity with p < 0.01 in {c['more_codes'].sum()}, {other} in {fewer}; the difference is",
+        f"{gain.median():+.1f} % of {other}'s in the median, from {gain.min():+.1f} to {gain.max():+.1f} %.",
+        f"A loss of 0.05 dB of PSNR is excluded in {c['psnr_kept'].sum()} cases, and {name} is worse in {lost};",
+        f"the mean difference runs from {c['psnr_diff'].min():+.2f} to {c['psnr_diff'].max():+.2f} dB.",
+        f"{name} meets both criteria in {c['both'].sum()} of {len(c)}.",
+    ])
 
-# %% ../../nbs/7_comparison/01_compare.ipynb #f7c6afc6
-_DIMS = {16: "#0072B2", 64: "#D55E00", 256: "#009E73"}
+# %% ../../nbs/7_comparison/01_compare.ipynb #1ec58282
+def answer_word(c: pd.DataFrame) -> str:
+    "The answer in a few words, from how many of the cases, as of `bar`, show both."
+    if c["both"].sum() >= 0.75 * len(c): return "Yes, in most cases"
+    return "In part" if c["both"].any() else "Not shown"
 
+# %% ../../nbs/7_comparison/01_compare.ipynb #2ac0660e
 def answer_figure(
-    summary: pd.DataFrame,   # of `statistics.summarise`
-    method: str = "ba_vq",   # compared with the summary's baseline
+    summary: pd.DataFrame,     # of `statistics.summarise`
+    method: str = "ba_vq",     # compared with the summary's baseline
     baseline: str = "vq_ema",  # which that is
-):
-    "Paired differences with 95 % intervals against K, a column of panels for each data set, a colour for each D; returns the figure."
+) -> Figure:
+    "Paired differences with 95 % intervals against K, a column of panels for each data set, a colour for each D."
     from bavq.core.plots import figure, method_label
-    c, other = cases(summary, method), method_label(baseline)
+    c = cases(summary, method)
     if "embedding_dim" not in c: c = c.assign(embedding_dim=0)
-    data, dims = [d for d in (*STUDY_DATA, *sorted(set(c["data"]) - {*STUDY_DATA})) if (c["data"] == d).any()], sorted(c["embedding_dim"].unique())
+    data = in_order(c["data"].unique())
     fig, axes = figure(2, len(data), width=2.4, height=2.0)
     for (top, low), name in zip(axes.reshape(2, -1).T, data):
-        for i, dim in enumerate(dims):
-            g = c[(c["data"] == name) & (c["embedding_dim"] == dim)].sort_values("codebook_size")
-            x, scale = g["codebook_size"] * 1.13 ** (i - (len(dims) - 1) / 2), 100 / g["perplexity_base"]
-            for ax, key, s in ((top, "perplexity", scale), (low, "psnr", 1.0)):
-                y = s * g[f"{key}_diff"]
-                ax.errorbar(x, y, yerr=[y - s * g[f"{key}_low"], s * g[f"{key}_high"] - y], fmt="osD"[i % 3], ms=4, capsize=2, color=_DIMS.get(dim, "#D55E00"), label=f"D = {dim}")
-        for ax in (top, low): ax.axhline(0, color="black", linewidth=0.8); ax.set_xscale("log", base=2); ax.set_xticks(sorted(c["codebook_size"].unique()), sorted(c["codebook_size"].unique()))
-        low.axhline(-0.05, color="#808080", linestyle="--", linewidth=0.8); top.set_title(Path(name).name); low.set_xlabel("K")
+        draw_data_set(top, low, c, name)
     first = axes.reshape(2, -1)[:, 0]
-    first[0].set_ylabel(f"perplexity, {method_label(method)} − {other}\n[% of {other}'s]"); first[1].set_ylabel(f"PSNR, {method_label(method)} − {other}\n[dB]")
-    if len(dims) > 1: fig.legend(*first[0].get_legend_handles_labels(), loc="outside lower center", ncol=3)
+    names = f"{method_label(method)} − {method_label(baseline)}"
+    first[0].set_ylabel(f"perplexity, {names}\n[% of {method_label(baseline)}'s]")
+    first[1].set_ylabel(f"PSNR, {names}\n[dB]")
+    if c["embedding_dim"].nunique() > 1:
+        fig.legend(*first[0].get_legend_handles_labels(), loc="outside lower center", ncol=3)
     return fig
 
-# %% ../../nbs/7_comparison/01_compare.ipynb #be8a0692
+# %% ../../nbs/7_comparison/01_compare.ipynb #1d51de6f
+def in_order(data: Iterable[str]) -> list[str]:
+    "Data sets in the order of the study, others behind them."
+    return sorted(data, key=lambda d: (STUDY_DATA.index(d) if d in STUDY_DATA else len(STUDY_DATA), d))
+
+# %% ../../nbs/7_comparison/01_compare.ipynb #307d1eae
+_DIMS = {16: "#0072B2", 64: "#D55E00", 256: "#009E73"}
+
+def draw_data_set(top, low, c: pd.DataFrame, name: str) -> None:
+    "Differences of one data set: perplexity in per cent of the baseline's above, PSNR below."
+    dims, sizes = sorted(c["embedding_dim"].unique()), sorted(c["codebook_size"].unique())
+    for i, dim in enumerate(dims):
+        g = c[(c["data"] == name) & (c["embedding_dim"] == dim)].sort_values("codebook_size")
+        beside = 1.13 ** (i - (len(dims) - 1) / 2)   # so that the intervals do not hide each other
+        style = dict(fmt="osD"[i % 3], color=_DIMS.get(dim, "#D55E00"), label=f"D = {dim}")
+        draw_intervals(top, g, "perplexity", beside, 100 / g["perplexity_base"], style)
+        draw_intervals(low, g, "psnr", beside, 1.0, style)
+    for ax in (top, low):
+        ax.axhline(0, color="black", linewidth=0.8)
+        ax.set_xscale("log", base=2)
+        ax.set_xticks(sizes, sizes)
+    low.axhline(-0.05, color="#808080", linestyle="--", linewidth=0.8)
+    low.set_xlabel("K")
+    top.set_title(Path(name).name)
+
+# %% ../../nbs/7_comparison/01_compare.ipynb #b729740c
+def draw_intervals(ax, g: pd.DataFrame, key: str, beside: float, scale, style: dict) -> None:
+    "Mean differences of one measure against K, with their intervals."
+    mean, below, above = (scale * g[f"{key}_{part}"] for part in ("diff", "low", "high"))
+    ax.errorbar(g["codebook_size"] * beside, mean, yerr=[mean - below, above - mean], ms=4, capsize=2, **style)
+
+# %% ../../nbs/7_comparison/01_compare.ipynb #7d44a439
 STUDY_DATA = ("photos", "fashion_mnist", "mnist", "cifar10-jpeg75")
 _STRONG = {"decay": "0.95"}
+_QUICK = _STRONG | {"restart_below": "0.3", "restart_at": "0.3"}
 ARMS = {   # short name: quantizer, options
-    "vq_ema": ("vq_ema", _STRONG), "ba_vq": ("ba_vq", _STRONG), "ba_vq_uniform": ("ba_vq", _STRONG | {"marginal": "uniform"}), "ba_vq_free": ("ba_vq", _STRONG | {"marginal": "free"}),
-    "vq_ema_data": ("vq_ema", _STRONG | {"init": "data", "restart_below": "0"}), "peer_vq": ("peer_vq", _STRONG), "peer_vq_tuned": ("peer_vq", _STRONG | {"gradient": "straight_through"}),
-    "vq_ema_quick": ("vq_ema_quick", _STRONG | {"restart_below": "0.3"}), "ba_vq_quick": ("ba_vq_quick", _STRONG), "vq_ema_spec": ("vq_ema_spec", {}), "ba_vq_spec": ("ba_vq_spec", {})}
+    "vq_ema": ("vq_ema", _STRONG),
+    "vq_ema_quick": ("vq_ema", _QUICK),
+    "vq_ema_data": ("vq_ema", _STRONG | {"init": "data", "restart_below": "0"}),
+    "vq_ema_spec": ("vq_ema_spec", {}),
+    "peer_vq": ("peer_vq", _STRONG),
+    "peer_vq_tuned": ("peer_vq", _STRONG | {"gradient": "straight_through"}),
+    "ba_vq": ("ba_vq", _STRONG),
+    "ba_vq_quick": ("ba_vq", _QUICK),
+    "ba_vq_uniform": ("ba_vq", _STRONG | {"marginal": "uniform"}),
+    "ba_vq_free": ("ba_vq", _STRONG | {"marginal": "free"}),
+    "ba_vq_spec": ("ba_vq_spec", {}),
+}
 
+# %% ../../nbs/7_comparison/01_compare.ipynb #7585374a
 def arm(
     name: str,  # of `ARMS`
     K: int,     # codes
-) -> tuple[str, dict[str, str]]:
-    "Quantizer and options; the peer's tuned threshold is a count of latents, so it falls as K grows."
+) -> tuple[str, dict[str, str]]:  # quantizer, options
+    "An arm at K codes; the peer's tuned threshold is a count of latents, so it falls as K grows."
     quantizer, options = ARMS[name]
-    return quantizer, options | ({"threshold_ema_dead_code": f"{0.6 * 2048 / K:g}"} if name == "peer_vq_tuned" else {})
+    if name == "peer_vq_tuned":
+        options = options | {"threshold_ema_dead_code": f"{0.6 * 2048 / K:g}"}
+    return quantizer, options
 
+# %% ../../nbs/7_comparison/01_compare.ipynb #39d869d2
 def answer_configs(
-    arms=tuple(ARMS),                           # short names
-    data=STUDY_DATA,                            # data sets
-    codebook_sizes=(256, 512, 1024, 4096),      # K
-    embedding_dims=(16, 64, 256),               # D
-    seeds=range(5),                             # paired
+    arms: Sequence[str] = tuple(ARMS),                         # short names
+    data: Sequence[str] = STUDY_DATA,                          # data sets
+    codebook_sizes: Sequence[int] = (256, 512, 1024, 4096),    # K
+    embedding_dims: Sequence[int] = (16, 64, 256),             # D
+    seeds: Iterable[int] = range(5),                           # paired
 ) -> list[RunConfig]:
     "Runs of the study of this page, seeds outermost."
-    return [replace(ANSWER, data=d, codebook_size=K, embedding_dim=D, quantizer=quantizer, options=options, seed=s)
-            for s in seeds for d in data for D in embedding_dims for K in codebook_sizes for quantizer, options in (arm(a, K) for a in arms)]
+    configs = []
+    for seed, d, D, K, name in itertools.product(seeds, data, embedding_dims, codebook_sizes, arms):
+        quantizer, options = arm(name, K)
+        configs.append(replace(ANSWER, data=d, codebook_size=K, embedding_dim=D, quantizer=quantizer,
+                               options=options, seed=seed))
+    return configs
 
+# %% ../../nbs/7_comparison/01_compare.ipynb #b29f21ff
 def five_pairs(
     runs: pd.DataFrame,  # of `load_results`, named by `name_arms`
 ) -> pd.DataFrame:
     "The runs of VQ-EMA and BA-VQ in the cases that have five seeds of each."
     main = runs[runs["method"].isin(["vq_ema", "ba_vq"])]
-    pairs = main.groupby([*groups(runs), "seed"])["method"].transform("nunique") == 2
-    return main[pairs & (main[pairs].groupby(groups(runs))["seed"].transform("nunique") >= 5).reindex(main.index, fill_value=False)]
+    paired = main[main.groupby([*groups(runs), "seed"])["method"].transform("nunique") == 2]
+    return paired[paired.groupby(groups(runs))["seed"].transform("nunique") >= 5]
 
+# %% ../../nbs/7_comparison/01_compare.ipynb #fa678443
 def name_arms(
     runs: pd.DataFrame,  # of `load_results`
 ) -> pd.DataFrame:
-    "The same runs, with the short names of the arms as methods; others keep theirs, and say so where that is an arm's."
-    named = lambda q, o: f"{q} {' '.join(f'{k}={v}' for k, v in sorted(o.items()))}".strip()
-    short = {(named(*arm(name, K)), K): name for name in ARMS for K in runs["codebook_size"].unique()}
-    return runs.assign(method=[short.get((m, K), f"{m} with defaults" if m in ARMS else m) for m, K in zip(runs["method"], runs["codebook_size"])])
+    "The same runs, methods called by the short names of the arms; others keep their own."
+    short = {(spelled(*arm(name, K)), K): name for name in ARMS for K in runs["codebook_size"].unique()}
+    def called(method, K):
+        unnamed = f"{method} with defaults" if method in ARMS else method
+        return short.get((method, K), unnamed)
+    return runs.assign(method=[called(m, K) for m, K in zip(runs["method"], runs["codebook_size"])])
 
-# %% ../../nbs/7_comparison/01_compare.ipynb #7aeee48a
+# %% ../../nbs/7_comparison/01_compare.ipynb #e909035f
+def spelled(quantizer: str, options: dict[str, str]) -> str:
+    "A quantizer and its options as `load_results` spells them in the column `method`."
+    return " ".join([quantizer, *(f"{k}={v}" for k, v in sorted(options.items()))])
+
+# %% ../../nbs/7_comparison/01_compare.ipynb #ee1d4fe8
 RIVALS = ("vq_ema", "vq_ema_quick", "peer_vq", "peer_vq_tuned")
 
 def against_each(
-    runs: pd.DataFrame,        # of `load_results`, named by `name_arms`
-    method: str = "ba_vq",     # compared with each of `RIVALS`
+    runs: pd.DataFrame,     # of `load_results`, named by `name_arms`
+    method: str = "ba_vq",  # compared with each of `RIVALS`
 ) -> pd.DataFrame:
     "A method against each of `RIVALS`, as of `bar`: a row for each of them and each case that has five pairs with all."
-    every = pd.concat([bar(cases(summarise(runs[runs["method"].isin([a, method])], baseline=a), method)).query("pairs >= 5").assign(rival=a) for a in RIVALS], ignore_index=True)
+    def against(rival):
+        summary = summarise(runs[runs["method"].isin([rival, method])], baseline=rival)
+        return bar(cases(summary, method)).query("pairs >= 5").assign(rival=rival)
+    every = pd.concat([against(rival) for rival in RIVALS], ignore_index=True)
     return every[every.groupby("case")["rival"].transform("nunique") == len(RIVALS)]
 
+# %% ../../nbs/7_comparison/01_compare.ipynb #b747ee19
 def against_strongest(
-    every: pd.DataFrame,       # of `against_each`
-    by: str = "perplexity",    # the rival with the highest perplexity, or psnr, in the mean over seeds
-) -> pd.DataFrame:
-    "The rows of the strongest rival: one for each case."
-    return every.loc[every.groupby("case")[f"{by}_diff"].idxmin()]   # the method is the same against each: its smallest lead is over the strongest
+    every: pd.DataFrame,     # of `against_each`
+    by: str = "perplexity",  # the rival with the highest mean of perplexity, or of psnr
+) -> pd.DataFrame:           # one row for each case
+    "The rows of the strongest rival."
+    # the method is the same against each: its smallest lead is over the strongest
+    return every.loc[every.groupby("case")[f"{by}_diff"].idxmin()]
 
-# %% ../../nbs/7_comparison/01_compare.ipynb #0d4e5e8c
+# %% ../../nbs/7_comparison/01_compare.ipynb #71f50286
 def compare_figure(
     df: pd.DataFrame,                # of `load_results`
     path: str | Path | None = None,  # a PNG to write
-):
-    "PSNR, perplexity and usage of every run, a row of panels for each data set and codebook size; a figure, written as PNG to a path."
-    from bavq.core.plots import METHODS, figure, plot_paired
-    parts, labels = list(df.groupby(groups(df))), dict(psnr="PSNR [dB]", perplexity="perplexity", usage_rate="share of codes used")
+) -> Figure:
+    "PSNR, perplexity and usage of every run, a row of panels for each data set and codebook size."
+    from bavq.core.plots import figure
+    from bavq.theory.statistics import plot_paired
+    parts = list(df.groupby(groups(df)))
+    labels = dict(psnr="PSNR [dB]", perplexity="perplexity", usage_rate="share of codes used")
     fig, axes = figure(len(parts), 3, width=1.4 + 0.75 * df["method"].nunique(), height=2.6)
     for row, (key, g) in zip(axes.reshape(-1, 3), parts):
-        methods = sorted(g["method"].unique(), key=lambda m: (m not in METHODS, [*METHODS].index(m) if m in METHODS else m))
         for ax, (metric, label) in zip(row, labels.items()):
-            plot_paired({m: g[g["method"] == m].set_index("seed")[metric].to_dict() for m in methods}, ax=ax, ylabel=label)
-        row[0].set_title(f"{Path(key[0]).name}, K = {key[1]}" + ("" if key[2] == "euclidean" else f", {key[2]} distance"))
+            values = {m: g[g["method"] == m].set_index("seed")[metric].to_dict() for m in known_first(g["method"])}
+            plot_paired(values, ax=ax, ylabel=label)
+        distance = "" if key[2] == "euclidean" else f", {key[2]} distance"
+        row[0].set_title(f"{Path(key[0]).name}, K = {key[1]}{distance}")
     if path: atomic_write(path, lambda f: fig.savefig(f, format="png", dpi=120))
     return fig
+
+# %% ../../nbs/7_comparison/01_compare.ipynb #2198f380
+def known_first(methods: pd.Series) -> list[str]:
+    "The different methods: those that have a style of their own in its order, then the others by name."
+    from bavq.core.plots import METHODS
+    there = set(methods)
+    return [m for m in METHODS if m in there] + sorted(there - {*METHODS})

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from ..quantizers.ba_vq import as_schedule, cosine, exponent, next_potentials, posterior
-from ..core.config import BavqError, choose, read_json, require
+from ..core.errors import BavqError, choose, require
+from ..core.storage import read_json
 from ..core.plots import cell_borders, figure, house_style, method_label, method_style, plot_rd, plt
 from ..quantizers.base import squared_distances
 from ..theory.rate_distortion import critical_beta, rd_curve

@@ -7,7 +7,8 @@ from __future__ import annotations
 import asyncio, json, signal, subprocess, sys, tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
-from ..core.config import RunConfig, require, run_name
+from ..core.config import RunConfig, run_name
+from ..core.errors import require
 from .explore import Sheet, View, _choice, as_html, widgets
 from ..core.plots import method_label, plot_history
 
@@ -55,7 +56,7 @@ class BackgroundRun:
         return "stopped" if said.startswith("bavq.core.config.Interrupted") else f"failed: {said}"
 
     def history(self) -> list[dict]:
-        from bavq.core.config import read_history
+        from bavq.core.storage import read_history
         return read_history(self.folder)
 
 # %% ../../nbs/7_comparison/03_live_training.ipynb #16a99bf0

@@ -12,15 +12,14 @@ import numpy as np
 import torch
 from matplotlib.collections import LineCollection
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
-from scipy import stats
 from scipy.spatial import Voronoi
 from torchvision.utils import make_grid
-from .config import require
+from .errors import require
 
 # %% auto #0
 __all__ = ['METHODS', 'COLORS', 'METHOD_LABELS', 'STYLE', 'MethodStyle', 'method_style', 'method_color', 'method_label',
            'house_style', 'figure', 'show_images', 'show_rows', 'cell_borders', 'plot_codes', 'plot_usage', 'plot_rd',
-           'plot_history', 'plot_paired']
+           'plot_history']
 
 # %% ../../nbs/0_core/05_plots.ipynb #c6cd7500
 class MethodStyle(NamedTuple):
@@ -235,46 +234,3 @@ def plot_history(
         ax.set(xlabel="epoch", ylabel=key); ax.xaxis.get_major_locator().set_params(integer=True)
     if label: axes[0].legend()
     return axes
-
-# %% ../../nbs/0_core/05_plots.ipynb #831ae477
-@house_style()
-def plot_paired(
-    values: dict[str, dict],       # {method: {seed: value}}, or {method: values in the order of the seeds}
-    ax=None,                       # axes to draw on; None: a new figure
-    ylabel: str = "",              # what the values are, with their unit
-    reference: str | None = None,  # draw each value less this method's at the same seed
-    confidence: float = 0.95,      # of the t-interval of the mean
-):
-    "Draw a dot per method and seed, joined by seed, with mean and t-interval beside them, and return the axes."
-    require(reference is None or reference in values, f"there are no values of {reference!r}: choose one of {', '.join(values)}")
-    table = {m: dict(v) if isinstance(v, dict) else dict(enumerate(v)) for m, v in values.items()}
-    seeds = sorted({s for v in table.values() for s in v})
-    y = np.array([[v.get(s, np.nan) for s in seeds] for v in table.values()], float)
-    if ax is None: ax = figure(width=1 + 1.1 * len(table))[1]
-    names = list(table)
-    if reference:
-        i, names = list(table).index(reference), [m for m in table if m != reference]
-        y, ylabel = np.delete(y - y[i], i, 0), f"{ylabel},\nless that of {method_label(reference)}"
-        ax.axhline(0, color="#808080", linewidth=1, linestyle=(0, (4, 3)), zorder=0)
-    if len(names) > 1: ax.plot(y, color="#B8B8B8", linewidth=0.8, zorder=1)
-    for i, m in enumerate(names): _dots(ax, i, y[i][~np.isnan(y[i])], method_style(m), confidence)
-    ax.set_xticks(range(len(names)), [method_label(m).replace(" ", "\n") for m in names])
-    ax.set(xlim=(-0.4, len(names) - 0.4), ylabel=ylabel); ax.grid(False, axis="x")
-    return ax
-
-# %% ../../nbs/0_core/05_plots.ipynb #9b0b83b6
-def _mean_interval(
-    values,                    # [n] numbers, n at least 2 for an interval
-    confidence: float = 0.95,  # chance that such an interval covers the mean
-) -> tuple[float, float, float]:
-    "Mean, and lower and upper end of its t-interval; NaN ends for a single value."
-    v = np.asarray(values, float); mean = float(v.mean())
-    if len(v) < 2: return mean, np.nan, np.nan
-    if np.ptp(v) == 0: return mean, mean, mean
-    return mean, *map(float, stats.t.interval(confidence, len(v) - 1, mean, stats.sem(v)))
-
-def _dots(ax, x, y, style, confidence):
-    mean, low, high = _mean_interval(y, confidence)
-    ax.plot(np.full(len(y), x), y, linestyle="", marker=style.marker or "o", color=style.color, zorder=2)
-    bar = dict(color=style.color, marker="_", markersize=11, capsize=3, linewidth=1.8, markeredgewidth=1.8)
-    ax.errorbar(x + 0.17, mean, [[mean - low], [high - mean]], **bar)

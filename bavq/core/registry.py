@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.metadata import entry_points
 from typing import Any, TypeVar
-from .config import BavqError, brief, require
+from .errors import BavqError, brief, require
 
 # %% auto #0
 __all__ = ['Registry']
@@ -37,8 +37,8 @@ def _load(
         return load()
     except Exception as e:   # a module can raise anything while it is imported
         cause = " ".join(f"{type(e).__name__}: {e}".split())
-        message = f"{what} {brief(name)} cannot be imported ({cause}): check its spelling, its module and the current folder"
-        raise BavqError(message) from e
+        advice = "check its spelling, its module and the current folder"
+        raise BavqError(f"{what} {brief(name)} cannot be imported ({cause}): {advice}") from e
 
 # %% ../../nbs/0_core/06_registry.ipynb #b17feea5
 def import_object(

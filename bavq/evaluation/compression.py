@@ -4,15 +4,18 @@
 
 # %% ../../nbs/5_evaluation/03_compression.ipynb #d1908d85
 from __future__ import annotations
-import hashlib, struct, zlib
+import hashlib
+import struct
+import zlib
 from copy import deepcopy
 from pathlib import Path
 from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from ..core.config import BavqError, atomic_write, choose, require, typed
-from ..theory.sources import normalize, read_image
+from ..core.errors import BavqError, choose, require, typed
+from ..core.storage import atomic_write
+from ..training.data import normalize, read_image
 from .evaluate import as_pixels
 from ..theory.metrics import code_counts
 from ..models.priors import Prior, load_prior, model_hash
@@ -319,7 +322,7 @@ def plan(folder: str | Path, out: str | Path, suffixes: tuple, rename) -> dict[P
 
 def load_parts(run: str | Path, prior: str | Path):
     "Model, prior (None: no folder given), and the side of their tiles."
-    from bavq.training.loop import load_model
+    from bavq.training.checkpoints import load_model
     (model, config), p = load_model(run), load_prior(prior) if prior else None
     return model, p, 4 * p.grid[0] if p is not None else config.image_size or 32
 

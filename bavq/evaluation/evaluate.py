@@ -4,24 +4,25 @@
 
 # %% ../../nbs/5_evaluation/01_evaluate.ipynb #c3522077
 from __future__ import annotations
-import hashlib, math
+import hashlib
+import math
 from array import array
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import Any, Callable, Iterable, Iterator, NamedTuple, Sequence
 import torch
 from torch import Tensor, nn
 from ..quantizers.ba_vq import SpecifiedBAQuantizer, posterior, soft_codes
-from ..core.config import require
-from ..theory.metrics import CodeMeter, ReconstructionMeter, code_counts, compute_entropy, compute_entropy_bits, effective_rank, image_errors, psnr_from_mse, to_unit
+from ..core.errors import needs, require
+from ..theory.metrics import (CodeMeter, ReconstructionMeter, code_counts, compute_entropy,
+    compute_entropy_bits, effective_rank, image_errors, psnr_from_mse, to_unit)
 from ..quantizers.base import as_is, from_rows, latent_rows, to_rows
 from ..theory.rate_distortion import blahut_arimoto_codebook, gaussian_rd, water_level
 from ..models.vqvae import VQVAE
 
 # %% auto #0
-__all__ = ['Codec', 'as_codec', 'Batch', 'coded', 'image_scores', 'in_colour', 'as_pixels', 'ImageScores', 'entropy_given',
-           'neighbour_entropies', 'code_scores', 'CodeScores', 'operating_point', 'LatentScores', 'soft_latents',
-           'SoftScores', 'FeatureScores', 'Judges', 'Gallery', 'code_pictures', 'Evaluation', 'evaluate',
-           'evaluation_figure']
+__all__ = ['Codec', 'as_codec', 'image_scores', 'code_scores', 'operating_point', 'soft_latents', 'Judges', 'Evaluation',
+           'evaluate', 'evaluation_figure']
 
 # %% ../../nbs/5_evaluation/01_evaluate.ipynb #d6750772
 class Codec(NamedTuple):
@@ -33,18 +34,26 @@ class Codec(NamedTuple):
     quantizer: nn.Module | None = None  # with `decode` and `embedding_dim`: to measure latents
     decoder: Callable | None = None     # codes [B, D, h, w] to images: to measure soft codes
 
+# %% ../../nbs/5_evaluation/01_evaluate.ipynb #29eb2cd8
 def as_codec(
-    model,                   # a VQVAE, a module with encode and decode, or a Codec
-    num_embeddings: int = 0, # K, where the model does not say
+    model: Any,               # a VQVAE, a module with encode and decode, or a Codec
+    num_embeddings: int = 0,  # K, where the model does not say
 ) -> Codec:
-    "The steps of a model."
-    if isinstance(model, Codec): return model
-    require(not hasattr(model, "quantizer_top"), f"{type(model).__name__} has two levels of codes: give a Codec of one of them")
-    if isinstance(model, VQVAE): return Codec(model.encode_latents, model.quantizer.encode, model.decode_codes, model.quantizer.num_embeddings, model.quantizer, model.decoder)
-    has = lambda name: callable(getattr(model, name, None))
-    require(has("encode") and has("decode"), f"{type(model).__name__} lacks encode or decode: give a module with encode(images) -> indices and decode(indices) -> images, or a Codec")
-    K = num_embeddings or getattr(model, "num_embeddings", 0) or getattr(model, "codebook_size", 0)
-    require(K, f"{type(model).__name__} does not say how many codes it has: give num_embeddings")
+    "The steps of a model; a `BavqError` where it lacks one, or has two levels of codes."
+    if isinstance(model, Codec):
+        return model
+    kind = type(model).__name__
+    one_level = not hasattr(model, "quantizer_top")
+    require(one_level, f"{kind} has two levels of codes: give a Codec of one of them")
+    if isinstance(model, VQVAE):
+        q: Any = model.quantizer
+        return Codec(model.encode_latents, q.encode, model.decode_codes, q.num_embeddings, q, model.decoder)
+    complete = all(callable(getattr(model, step, None)) for step in ("encode", "decode"))
+    cure = "give a module with encode(images) -> indices and decode(indices) -> images, or a Codec"
+    require(complete, f"{kind} lacks encode or decode: {cure}")
+    said = [getattr(model, name, 0) for name in ("num_embeddings", "codebook_size")]
+    K = num_embeddings or said[0] or said[1]
+    require(bool(K), f"{kind} does not say how many codes it has: give num_embeddings")
     return Codec(as_is, model.encode, model.decode, int(K))
 
 # %% ../../nbs/5_evaluation/01_evaluate.ipynb #0941e00f
@@ -55,33 +64,51 @@ class Batch(NamedTuple):
     indices: Tensor  # codes [B, …, h, w]
     y: Tensor        # reconstructions [B, C, H, W]
 
+def _check_indices(indices, images):
+    "A `BavqError` unless the indices are integers, with an entry for each image."
+    n = len(images)
+    if not torch.is_tensor(indices):
+        found: Any = type(indices).__name__
+        ok = False
+    else:
+        found = list(indices.shape)
+        ok = not indices.is_floating_point() and indices.shape[:1] == images.shape[:1]
+    require(ok, f"encode returned {found}: return integer indices, one grid for each of the {n} images")
+
 @torch.no_grad()
 def coded(
-    codec: Codec,  # of the model
-    loader,        # batches of images [B, C, H, W] in [-1, 1], or of tuples that begin with them
-):
+    codec: Codec,      # of the model
+    loader: Iterable,  # batches of images [B, C, H, W] in [-1, 1], or of tuples that begin with them
+) -> Iterator[Batch]:
     "Yields a `Batch` for each batch of images."
     for x in loader:
-        x = x[0] if isinstance(x, (tuple, list)) else x
+        if isinstance(x, (tuple, list)):
+            x = x[0]
         z = codec.latents(x)
         indices = codec.codes(z)
-        ok = torch.is_tensor(indices) and not indices.is_floating_point() and indices.shape[:1] == x.shape[:1]
-        require(ok, f"encode returned {list(indices.shape) if torch.is_tensor(indices) else type(indices).__name__}: return integer indices, one grid for each of the {len(x)} images")
+        _check_indices(indices, x)
         yield Batch(x, z, indices, codec.decode(indices))
 
 # %% ../../nbs/5_evaluation/01_evaluate.ipynb #d86c4ff6
 def image_scores(
-    x: Tensor,    # originals [B, C, H, W] in [-1, 1]
-    y: Tensor,    # reconstructions
-    lpips=None,   # a network that tells LPIPS image by image
+    x: Tensor,                      # originals [B, C, H, W] in [-1, 1]
+    y: Tensor,                      # reconstructions
+    lpips: Callable | None = None,  # a network that tells LPIPS image by image
 ) -> dict[str, Tensor]:
-    "PSNR, SSIM and, where its network is given, LPIPS of every image, [B] each."
+    "PSNR [dB], SSIM and, where its network is given, LPIPS of every image, [B] each."
+    needs("torchmetrics", extra="eval")
     from torchmetrics.functional.image import structural_similarity_index_measure
-    scores = dict(psnr=psnr_from_mse(image_errors(x, y)[:, 0]))
-    if min(x.shape[2:]) > 5: scores["ssim"] = structural_similarity_index_measure(to_unit(y).float(), to_unit(x).float(), data_range=1.0, reduction="none")   # its window, mirrored
-    if lpips and min(x.shape[2:]) >= 32: scores["lpips"] = lpips(in_colour(x), in_colour(y)).reshape(-1)
+    side = min(x.shape[2:])
+    scores = {"psnr": psnr_from_mse(image_errors(x, y)[:, 0])}
+    if side > 5:  # SSIM's window, mirrored
+        a, b = to_unit(y).float(), to_unit(x).float()
+        ssim: Any = structural_similarity_index_measure(a, b, data_range=1.0, reduction="none")
+        scores["ssim"] = ssim
+    if lpips and side >= 32:
+        scores["lpips"] = lpips(in_colour(x), in_colour(y)).reshape(-1)
     return {k: v.cpu().double() for k, v in scores.items()}
 
+# %% ../../nbs/5_evaluation/01_evaluate.ipynb #e1befb68
 def in_colour(x: Tensor) -> Tensor:
     "What networks trained on photographs take: images [B, C, H, W] with three channels, clamped to [-1, 1]."
     return x.clamp(-1, 1).expand(-1, 3, -1, -1)
@@ -92,13 +119,17 @@ def as_pixels(x: Tensor) -> Tensor:
 
 # %% ../../nbs/5_evaluation/01_evaluate.ipynb #4f2007be
 class ImageScores:
-    "Observer of the images: PSNR in every convention, SSIM, LPIPS; keeps each image's own numbers, and a fingerprint of the originals."
-    def __init__(self, lpips=None):   # as `image_scores` takes it
-        self.lpips, self.meter, self.held, self.hash = lpips, ReconstructionMeter(), {}, hashlib.sha256()
+    "Observer of the images: PSNR, SSIM, LPIPS of each; and a fingerprint of the originals."
+    def __init__(self, lpips: Callable | None = None):  # as `image_scores` takes it
+        self.lpips = lpips
+        self.meter = ReconstructionMeter()
+        self.held: dict[str, array] = {}
+        self.hash = hashlib.sha256()
 
     def update(self, b: Batch) -> None:
         self.meter.update(b.x, b.y)
-        for k, v in image_scores(b.x, b.y, self.lpips).items(): self.held.setdefault(k, array("d")).extend(v.tolist())
+        for k, v in image_scores(b.x, b.y, self.lpips).items():
+            self.held.setdefault(k, array("d")).extend(v.tolist())
         self.hash.update(as_pixels(b.x).cpu().numpy().tobytes())
 
     def images(self) -> dict[str, Tensor]:
@@ -106,33 +137,42 @@ class ImageScores:
         return {k: torch.tensor(v, dtype=torch.float64) for k, v in self.held.items()}
 
     def compute(self) -> dict[str, float]:
-        return self.meter.compute() | {k: v.mean().item() for k, v in self.images().items() if k != "psnr"}
+        means = {k: v.mean().item() for k, v in self.images().items() if k != "psnr"}
+        return self.meter.compute() | means
 
 # %% ../../nbs/5_evaluation/01_evaluate.ipynb #58ef8e00
-def entropy_given(
-    a: Tensor,  # indices [N]
-    b: Tensor,  # indices [N], the codes to be told
-) -> float:
-    "H(b | a) in bits, from counts."
-    return _entropy(a.long() * (int(b.max()) + 1) + b) - _entropy(a)
-
-def _entropy(v):
-    values = counts = v.new_zeros(0, dtype=torch.long)
-    for part in v.split(2**18):   # a part at a time: sorting millions of numbers at once takes many copies of them
+def _entropy_of_values(v):
+    "Entropy in bits of integers [N], from their counts."
+    values = v.new_zeros(0, dtype=torch.long)
+    counts = values
+    for part in v.split(2**18):  # a part at a time: sorting millions of numbers at once takes many copies
         new, n = part.unique(return_counts=True)
         values, at = torch.cat([values, new]).unique(return_inverse=True)
         counts = torch.zeros_like(values).index_add_(0, at, torch.cat([counts, n]))
     return compute_entropy_bits(counts).item()
 
+def entropy_given(
+    a: Tensor,  # indices [N]
+    b: Tensor,  # indices [N], the codes to be told
+) -> float:
+    "H(b | a) in bits, from counts."
+    pairs = a.long() * (int(b.max()) + 1) + b
+    return _entropy_of_values(pairs) - _entropy_of_values(a)
+
+# %% ../../nbs/5_evaluation/01_evaluate.ipynb #f257f4b6
 def neighbour_entropies(
     grids: Tensor,  # indices [..., h, w]
 ) -> dict[str, float]:
-    "Entropy of a code, given the one to its left, the one above it, and one from a random place."
-    pairs = dict(left=(grids[..., :-1], grids[..., 1:]), above=(grids[..., :-1, :], grids[..., 1:, :]))
-    pairs = {k: (a.flatten(), b.flatten()) for k, (a, b) in pairs.items() if a.numel()}
+    "Entropy of a code in bits, given the one to its left, the one above it, and one from a random place."
+    both = {
+        "left": (grids[..., :-1], grids[..., 1:]),
+        "above": (grids[..., :-1, :], grids[..., 1:, :]),
+    }
+    pairs = {k: (a.flatten(), b.flatten()) for k, (a, b) in both.items() if a.numel()}
     if "left" in pairs:
         a, b = pairs["left"]
-        pairs["random"] = a, b[torch.randperm(len(b), generator=torch.Generator().manual_seed(0))]
+        shuffled = torch.randperm(len(b), generator=torch.Generator().manual_seed(0))
+        pairs["random"] = (a, b[shuffled])
     return {f"entropy_given_{k}": entropy_given(a, b) for k, (a, b) in pairs.items()}
 
 # %% ../../nbs/5_evaluation/01_evaluate.ipynb #d5f576e1
@@ -143,24 +183,52 @@ def code_scores(
 ) -> dict[str, float]:
     "Use and rate of the codes, from the indices alone."
     meter = CodeMeter(num_embeddings, pixels)
-    for part in indices.split(1024): meter.update(part)
+    for part in indices.split(1024):
+        meter.update(part)
     scores = meter.compute()
-    scores["perplexity_corrected"] = scores["perplexity"] * math.exp((num_embeddings - scores["dead_codes"] - 1) / (2 * indices.numel()))
-    return scores | (neighbour_entropies(indices.cpu()) if indices.dim() > 2 else {})
+    used = num_embeddings - scores["dead_codes"]
+    scores["perplexity_corrected"] = scores["perplexity"] * math.exp((used - 1) / (2 * indices.numel()))
+    if indices.dim() > 2:
+        scores |= neighbour_entropies(indices.cpu())
+    return scores
 
+# %% ../../nbs/5_evaluation/01_evaluate.ipynb #cc53f4d9
 class CodeScores:
     "Observer of the indices; holds them, in two bytes each up to K = 32768."
-    def __init__(self, num_embeddings: int):   # K
-        self.num_embeddings, self.pixels, self.shape, self.held = num_embeddings, 0, None, bytearray()
+    def __init__(self, num_embeddings: int):  # K
+        self.num_embeddings = num_embeddings
+        self.pixels = 0
+        self.shape: tuple[int, ...] | None = None
+        self.held = bytearray()
         self.kind = torch.int16 if num_embeddings <= 2**15 else torch.int32
 
     def update(self, b: Batch) -> None:
-        code_counts(b.indices, self.num_embeddings)   # refuses indices that do not exist
-        self.shape, self.pixels = b.indices.shape[1:], b.x.shape[2] * b.x.shape[3]
+        code_counts(b.indices, self.num_embeddings)  # refuses indices that do not exist
+        self.shape = tuple(b.indices.shape[1:])
+        self.pixels = b.x.shape[2] * b.x.shape[3]
         self.held += b.indices.to("cpu", self.kind).numpy().tobytes()
 
-    def indices(self) -> Tensor: return torch.frombuffer(self.held, dtype=self.kind).view(-1, *self.shape).clone()
-    def compute(self) -> dict[str, float]: return code_scores(self.indices(), self.num_embeddings, self.pixels)
+    def indices(self) -> Tensor:
+        "All of them, [N, …, h, w]."
+        return torch.frombuffer(self.held, dtype=self.kind).view(-1, *(self.shape or ())).clone()
+
+    def compute(self) -> dict[str, float]:
+        return code_scores(self.indices(), self.num_embeddings, self.pixels)
+
+# %% ../../nbs/5_evaluation/01_evaluate.ipynb #d24b51f8
+def _excess(best, beta, rate, D):
+    "What a run pays above the best marginal of its codes, solved by Blahut–Arimoto at its price."
+    bits = math.log(2)
+    return {
+        "excess_bits": rate + (beta * D - best.rate - beta * best.distortion).item() / bits,
+        "redundant_codes": int((best.certificates < 1 - 1e-3).sum()),
+        "certificate_gap_bits": best.gap.item() / bits,
+    }
+
+def _curve_point(price, solution):
+    "A point of the R(D) curve of a codebook."
+    rate_bits = solution.rate.item() / math.log(2)
+    return {"price": price, "rate_bits": rate_bits, "distortion": solution.distortion.item()}
 
 # %% ../../nbs/5_evaluation/01_evaluate.ipynb #f9f5b383
 @torch.no_grad()
@@ -169,141 +237,210 @@ def operating_point(
     e: Tensor,                # their codes [N, D]
     rate: float,              # bits per latent
     codebook: Tensor | None,  # [K, D]; None: no Blahut–Arimoto
-    factors=(1/8, 1/4, 1/2, 1, 2, 4),  # of the price, for the curve
+    factors: Sequence[float] = (1/8, 1/4, 1/2, 1, 2, 4),  # of the price, for the curve
 ) -> tuple[dict[str, float], list[dict]]:
-    "A run's rate and distortion against what is possible for its latents; and the R(D) curve of its codebook."
+    "Rate and distortion against what is possible for these latents; and the R(D) curve of the codebook."
     x, e = x.double(), e.double()
-    v = torch.linalg.eigvalsh(x.T.cov().reshape(x.shape[1], -1)).clamp_min(0)
-    v, D = v[v > 1e-9 * v.max()], (x - e).square().sum(1).mean()
-    if not len(v) or D == 0: return dict(latent_distortion=D.item(), rate_bits=rate), []   # latents that do not vary, or are codes: nothing to compare
+    variances = torch.linalg.eigvalsh(x.T.cov().reshape(x.shape[1], -1)).clamp_min(0)
+    v = variances[variances > 1e-9 * variances.max()]
+    D = (x - e).square().sum(1).mean()
+    point = {"latent_distortion": D.item(), "rate_bits": rate}
+    if not len(v) or D == 0:  # latents that do not vary, or are codes: nothing to compare
+        return point, []
     beta = 1 / (2 * water_level(v, D[None]).item())
-    scores = dict(latent_variance=v.sum().item(), latent_distortion=D.item(), rate_bits=rate, gaussian_rate_bits=gaussian_rd(v, D).item(), price=beta)
-    if codebook is None: return scores, []
-    solved = {f: blahut_arimoto_codebook(x, codebook.double(), f * beta, iterations=100, tol=1e-3) for f in factors}
-    best, bits = solved[1], math.log(2)
-    scores |= dict(excess_bits=rate + (beta * D - best.rate - beta * best.distortion).item() / bits, redundant_codes=int((best.certificates < 1 - 1e-3).sum()), certificate_gap_bits=best.gap.item() / bits)
-    return scores, [dict(price=f * beta, rate_bits=r.rate.item() / bits, distortion=r.distortion.item()) for f, r in solved.items()]
+    ideal = {"gaussian_rate_bits": gaussian_rd(v, D).item(), "price": beta}
+    scores = {"latent_variance": v.sum().item()} | point | ideal
+    if codebook is None:
+        return scores, []
+    e = codebook.double()
+    solved = {f: blahut_arimoto_codebook(x, e, f * beta, iterations=100, tol=1e-3) for f in factors}
+    curve = [_curve_point(f * beta, r) for f, r in solved.items()]
+    return scores | _excess(solved[1], beta, rate, D), curve
 
 # %% ../../nbs/5_evaluation/01_evaluate.ipynb #7bc61b69
 class LatentScores:
     "Observer of latents and codes: keeps a uniform sample of both."
-    def __init__(self, quantizer: nn.Module, num_embeddings: int, size: int = 2048):   # latents in the sample
-        self.q, self.size, self.draw = quantizer, size, torch.Generator().manual_seed(0)
-        self.counts, self.latents, self.keys, self.sample = torch.zeros(num_embeddings, dtype=torch.long), 0, torch.empty(0), None
+    def __init__(
+        self,
+        quantizer: Any,       # with `decode` and `embedding_dim`
+        num_embeddings: int,  # K
+        size: int = 2048,     # latents in the sample
+    ):
+        self.quantizer = quantizer
+        self.size = size
+        self.generator = torch.Generator().manual_seed(0)
+        self.counts = torch.zeros(num_embeddings, dtype=torch.long)
+        self.latents = 0
+        self.keys = torch.empty(0)
+        self.sample: Tensor | None = None
+        self.curve: list[dict] = []
 
     def update(self, b: Batch) -> None:
-        D = self.q.embedding_dim
-        pairs = torch.cat([getattr(self.q, "prepare", as_is)(to_rows(b.z, D).float()), to_rows(self.q.decode(b.indices), D).float()], 1).cpu()
-        self.counts += code_counts(b.indices, len(self.counts)).cpu(); self.latents += len(pairs)
-        keys = torch.cat([self.keys, torch.rand(len(pairs), generator=self.draw)])   # the smallest keys of all are the sample
-        keep = keys.argsort()[:self.size].sort().values
-        old, new = keep[keep < len(self.keys)], keep[keep >= len(self.keys)] - len(self.keys)
-        self.keys, self.sample = keys[keep], pairs[new] if self.sample is None else torch.cat([self.sample[old], pairs[new]])
+        q, D = self.quantizer, self.quantizer.embedding_dim
+        prepare = getattr(q, "prepare", as_is)
+        z = prepare(to_rows(b.z, D).float())
+        e = to_rows(q.decode(b.indices), D).float()
+        self.counts += code_counts(b.indices, len(self.counts)).cpu()
+        self._keep(torch.cat([z, e], 1).cpu())
+
+    def _keep(self, pairs):
+        "Every pair [n, 2D] draws a key; those with the smallest keys of all so far are the sample."
+        self.latents += len(pairs)
+        held = len(self.keys)
+        keys = torch.cat([self.keys, torch.rand(len(pairs), generator=self.generator)])
+        keep = keys.argsort()[: self.size].sort().values
+        old, new = keep[keep < held], keep[keep >= held] - held
+        self.keys = keys[keep]
+        self.sample = pairs[new] if self.sample is None else torch.cat([self.sample[old], pairs[new]])
 
     def codebook(self) -> Tensor | None:
-        listed = len(self.counts) <= 2**14 and len(self.counts) * self.q.embedding_dim <= 2**22   # more are too many for Blahut–Arimoto
-        e = getattr(self.q, "codebook", None) if listed else None
-        return e.detach().float().cpu() if torch.is_tensor(e) and e.shape == (len(self.counts), self.q.embedding_dim) else None
+        "The codes [K, D], where the quantizer lists them and they are few enough for Blahut–Arimoto."
+        K, D = len(self.counts), self.quantizer.embedding_dim
+        if K > 2**14 or K * D > 2**22:
+            return None
+        e = getattr(self.quantizer, "codebook", None)
+        if not torch.is_tensor(e) or e.shape != (K, D):
+            return None
+        return e.detach().float().cpu()
 
     def compute(self) -> dict[str, float]:
+        assert self.sample is not None
         e = self.codebook()
-        rate = compute_entropy_bits(self.counts).item() * self.counts.sum().item() / self.latents
-        scores, self.curve = operating_point(*self.sample.chunk(2, 1), rate, e)
-        return scores | ({} if e is None else dict(codebook_rank=effective_rank(e).item()))
+        codes_per_latent = self.counts.sum().item() / self.latents
+        rate = compute_entropy_bits(self.counts).item() * codes_per_latent
+        z, coded_as = self.sample.chunk(2, 1)
+        scores, self.curve = operating_point(z, coded_as, rate, e)
+        return scores if e is None else scores | {"codebook_rank": effective_rank(e).item()}
 
 # %% ../../nbs/5_evaluation/01_evaluate.ipynb #b7cd17fd
 @torch.no_grad()
 def soft_latents(
-    q: nn.Module,  # a quantizer
-    z: Tensor,     # latents [B, D, h, w]
-) -> Tensor | None:    # the shape of z
+    q: Any,     # a quantizer
+    z: Tensor,  # latents [B, D, h, w]
+) -> Tensor | None:  # the shape of z
     "Blends of codes, as a BA quantizer's posterior weighs them; None for other quantizers."
-    if isinstance(q, SpecifiedBAQuantizer): return soft_codes(q, z)
-    beta, d_ref, nu = (getattr(q, name, None) for name in ("beta", "d_ref", "potentials"))
-    if beta is None or d_ref is None or nu is None: return None
-    P = posterior(latent_rows(q, z), q.codebook, nu, beta / d_ref.clamp_min(1e-20))
+    if isinstance(q, SpecifiedBAQuantizer):
+        return soft_codes(q, z)
+    beta, d_ref, potentials = (getattr(q, name, None) for name in ("beta", "d_ref", "potentials"))
+    if beta is None or d_ref is None or potentials is None:
+        return None
+    P = posterior(latent_rows(q, z), q.codebook, potentials, beta / d_ref.clamp_min(1e-20))
     return from_rows(P @ q.codebook, z.shape)
 
+# %% ../../nbs/5_evaluation/01_evaluate.ipynb #02bf8fa6
 class SoftScores:
     "Observer of a BA quantizer: how much better blends of codes would look."
-    def __init__(self, codec: Codec): self.codec, self.meters = codec, (ReconstructionMeter(), ReconstructionMeter())
-
-    def update(self, b: Batch) -> None:
-        with torch.no_grad(): blended = self.codec.decoder(soft_latents(self.codec.quantizer, b.z))
-        for meter, y in zip(self.meters, (blended, b.y)): meter.update(b.x, y)
-
-    def compute(self) -> dict[str, float]:
-        soft, hard = (m.compute()["psnr"] for m in self.meters)
-        return dict(soft_psnr=soft, soft_hard_gap=soft - hard)
-
-# %% ../../nbs/5_evaluation/01_evaluate.ipynb #5b5c0eb4
-class FeatureScores:
-    "Observer through the eyes of a network: Fréchet distance and, from logits, Inception Score over ten parts."
-    def __init__(self, name: str, see: nn.Module):   # `see`: images in [-1, 1] to (features [B, F], logits [B, C] or None)
-        self.name, self.see, self.fid, self.sums, self.n = name, see, None, None, 0
+    def __init__(self, codec: Codec):  # with a quantizer and a decoder
+        self.codec = codec
+        self.soft = ReconstructionMeter()
+        self.hard = ReconstructionMeter()
 
     @torch.no_grad()
     def update(self, b: Batch) -> None:
-        seen = [self.see(x) for x in torch.cat([b.x, b.y]).split(32)]   # Inception enlarges images to 299×299
-        real, fake = torch.cat([f for f, _ in seen]).cpu().double().split(len(b.x))
-        if self.fid is None: self.fid = _frechet(real.shape[1])
-        self.fid.update(real, real=True); self.fid.update(fake, real=False)
-        if seen[0][1] is not None: self.predicted(torch.cat([l for _, l in seen])[len(b.x):].cpu().double().softmax(1))
+        decoder = self.codec.decoder
+        assert decoder is not None
+        self.soft.update(b.x, decoder(soft_latents(self.codec.quantizer, b.z)))
+        self.hard.update(b.x, b.y)
+
+    def compute(self) -> dict[str, float]:
+        soft, hard = (meter.compute()["psnr"] for meter in (self.soft, self.hard))
+        return {"soft_psnr": soft, "soft_hard_gap": soft - hard}
+
+# %% ../../nbs/5_evaluation/01_evaluate.ipynb #5b5c0eb4
+def _frechet_distance(size):
+    "torchmetrics' meter of the Fréchet distance between features [B, size] that are handed to it."
+    needs("torchmetrics", extra="eval")
+    from torchmetrics.image.fid import FrechetInceptionDistance
+    given = nn.Identity()
+    given.num_features = size
+    return FrechetInceptionDistance(given)
+
+class FeatureScores:
+    "Observer with a network's eyes: Fréchet distance and, from logits, Inception Score over ten parts."
+    def __init__(
+        self,
+        name: str,       # of the distance: fid, fid_own
+        see: nn.Module,  # images in [-1, 1] to (features [B, F], logits [B, C] or None)
+    ):
+        self.name = name
+        self.see = see
+        self.fid: Any = None
+        self.sums: Tensor | None = None
+        self.n = 0
+
+    @torch.no_grad()
+    def update(self, b: Batch) -> None:
+        both = torch.cat([b.x, b.y]).split(32)  # Inception enlarges images to 299×299
+        features, logits = zip(*(self.see(x) for x in both))
+        real, fake = torch.cat(features).cpu().double().split(len(b.x))
+        if self.fid is None:
+            self.fid = _frechet_distance(real.shape[1])
+        self.fid.update(real, real=True)
+        self.fid.update(fake, real=False)
+        if logits[0] is not None:
+            self._add_predictions(torch.cat(logits)[len(b.x):].cpu().double().softmax(1))
         self.n += len(b.x)
 
-    def predicted(self, p: Tensor) -> None:
+    def _add_predictions(self, p):
         "Add class probabilities [B, C] to the sums of the ten parts: images, entropies, probabilities."
         new = torch.cat([torch.ones_like(p[:, :1]), compute_entropy(p)[:, None], p], 1)
-        if self.sums is None: self.sums = new.new_zeros(10, new.shape[1])
+        if self.sums is None:
+            self.sums = new.new_zeros(10, new.shape[1])
         self.sums.index_add_(0, (self.n + torch.arange(len(p))) % 10, new)
 
     def compute(self) -> dict[str, float]:
         scores = {self.name: self.fid.compute().item() if self.n > 1 else math.nan}
-        if self.sums is None: return scores
+        if self.sums is None:
+            return scores
         n, entropy, p = self.sums[self.sums[:, 0] > 0].tensor_split([1, 2], 1)
         values = (compute_entropy(p) - (entropy / n)[:, 0]).exp()
-        return scores | dict(inception_score=values.mean().item(), inception_score_std=values.std().item())
-
-def _frechet(size):
-    from torchmetrics.image.fid import FrechetInceptionDistance
-    given = nn.Identity(); given.num_features = size
-    return FrechetInceptionDistance(given)
+        return scores | {"inception_score": values.mean().item(), "inception_score_std": values.std().item()}
 
 # %% ../../nbs/5_evaluation/01_evaluate.ipynb #738693a2
 class Judges(NamedTuple):
     "Networks that look at images, made once for a data set and used for all models."
-    features: dict[str, nn.Module] = {}  # as `FeatureScores` takes them, by the name of their distance: fid, fid_own
-    lpips: nn.Module | None = None       # tells LPIPS image by image
+    features: dict[str, nn.Module] = {}  # as `FeatureScores` takes them, by the name of their distance
+    lpips: Callable | None = None        # tells LPIPS image by image
     notes: tuple[str, ...] = ()          # what is missing, and how to get it
 
 # %% ../../nbs/5_evaluation/01_evaluate.ipynb #0c38bd33
 class Gallery:
     "Observer that keeps a few images: the first, the worst and the best."
-    def __init__(self, size: int = 12): self.size, self.first, self.kept = size, None, None
+    def __init__(self, size: int = 12):  # images of each kind
+        self.size = size
+        self.first: Tensor | None = None
+        self.kept: Tensor | None = None
 
     def update(self, b: Batch) -> None:
         new = torch.stack([b.x, b.y.clamp(-1, 1)], 1).cpu()
-        if self.first is None: self.first = new[:self.size]
-        new = new if self.kept is None else torch.cat([self.kept, new])
-        order = image_errors(new[:, 0], new[:, 1])[:, 0].argsort(descending=True)
-        self.kept = new[order if len(order) <= 2 * self.size else torch.cat([order[:self.size], order[-self.size:]])]
+        if self.first is None:
+            self.first = new[: self.size]
+        pairs = new if self.kept is None else torch.cat([self.kept, new])
+        order = image_errors(pairs[:, 0], pairs[:, 1])[:, 0].argsort(descending=True)
+        if len(order) > 2 * self.size:
+            order = torch.cat([order[: self.size], order[-self.size :]])
+        self.kept = pairs[order]
 
     def images(self) -> dict[str, Tensor]:
         "Pairs of original and reconstruction [n, 2, C, H, W]."
+        assert self.first is not None and self.kept is not None
         n = max(1, min(self.size, len(self.kept) // 2))
-        return dict(first=self.first, worst=self.kept[:n], best=self.kept.flip(0)[:n])
+        return {"first": self.first, "worst": self.kept[:n], "best": self.kept.flip(0)[:n]}
 
-    def compute(self) -> dict[str, float]: return {}
+    def compute(self) -> dict[str, float]:
+        return {}
 
+# %% ../../nbs/5_evaluation/01_evaluate.ipynb #3b854c8d
 @torch.no_grad()
 def code_pictures(
     codec: Codec,  # of a model whose codes lie on a grid
-) -> Tensor:           # [K, C, s, s]
+) -> Tensor:  # [K, C, s, s]
     "What the decoder paints for each code, surrounded by itself: the middle of a 3×3 grid."
-    k = torch.arange(codec.num_embeddings, device=codec.quantizer.codebook.device)
+    q: Any = codec.quantizer
+    k = torch.arange(codec.num_embeddings, device=q.codebook.device)
     y = torch.cat([codec.decode(i.view(-1, 1, 1).expand(-1, 3, 3)) for i in k.split(256)])
     side = y.shape[-1] // 3
-    return y[..., side:2 * side, side:2 * side].clamp(-1, 1).cpu()
+    return y[..., side : 2 * side, side : 2 * side].clamp(-1, 1).cpu()
 
 # %% ../../nbs/5_evaluation/01_evaluate.ipynb #bee1a995
 class Evaluation(NamedTuple):
@@ -317,49 +454,104 @@ class Evaluation(NamedTuple):
     fingerprint: str             # of the originals: only runs with the same one are compared
     notes: tuple[str, ...] = ()  # what is missing, and how to get it
 
+# %% ../../nbs/5_evaluation/01_evaluate.ipynb #845df93e
+@contextmanager
+def _in_evaluation_mode(model):
+    "Within the block a module is in evaluation mode; what is not a module is left alone."
+    if not isinstance(model, nn.Module):
+        yield
+        return
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+def _observe(codec, loader, observers):
+    "Show every batch to every observer; a quantizer that can blend codes gets one more."
+    for i, batch in enumerate(coded(codec, loader)):
+        if i == 0 and codec.decoder and soft_latents(codec.quantizer, batch.z[:1]) is not None:
+            observers.append(SoftScores(codec))
+        for observer in observers:
+            observer.update(batch)
+
+# %% ../../nbs/5_evaluation/01_evaluate.ipynb #0f3b262c
 def evaluate(
-    model,                      # what `as_codec` takes; its device is that of the batches
-    loader,                     # test images, as `coded` takes them
+    model: Any,                 # what `as_codec` takes; its device is that of the batches
+    loader: Iterable,           # test images, as `coded` takes them
     judges: Judges = Judges(),  # networks that look at the images
     num_embeddings: int = 0,    # K, where the model does not say
 ) -> Evaluation:
     "Everything that can be asked of a model, in one pass over the images."
-    codec, modules = as_codec(model, num_embeddings), [m for m in (model,) if isinstance(m, nn.Module)]
-    q, training = codec.quantizer, [m.training for m in modules]
-    images, codes, gallery = ImageScores(judges.lpips), CodeScores(codec.num_embeddings), Gallery()
-    latents = None if q is None else LatentScores(q, codec.num_embeddings)
-    watch = [images, codes, gallery, *[latents] * (q is not None), *[FeatureScores(k, see) for k, see in judges.features.items()]]
-    try:
-        for m in modules: m.eval()
-        for i, batch in enumerate(coded(codec, loader)):
-            if i == 0 and codec.decoder and soft_latents(q, batch.z[:1]) is not None: watch.append(SoftScores(codec))
-            for w in watch: w.update(batch)
-    finally:
-        for m, t in zip(modules, training): m.train(t)
-    require(images.held, "there are no images: give a loader with at least one batch")
-    metrics = {k: v for w in watch for k, v in w.compute().items()}
-    pictures = code_pictures(codec) if len(codes.shape) == 2 and latents and latents.codebook() is not None else None
-    return Evaluation(metrics, images.images(), code_counts(codes.indices(), codec.num_embeddings), latents.curve if latents else [],
-                      gallery.images(), pictures, images.hash.hexdigest()[:16], judges.notes)
+    codec = as_codec(model, num_embeddings)
+    K = codec.num_embeddings
+    images, codes, gallery = ImageScores(judges.lpips), CodeScores(K), Gallery()
+    latents = None if codec.quantizer is None else LatentScores(codec.quantizer, K)
+    observers: list[Any] = [images, codes, gallery]
+    if latents is not None:
+        observers.append(latents)
+    observers += [FeatureScores(name, see) for name, see in judges.features.items()]
+    with _in_evaluation_mode(model):
+        _observe(codec, loader, observers)
+    require(bool(images.held), "there are no images: give a loader with at least one batch")
+    metrics = {k: v for observer in observers for k, v in observer.compute().items()}
+    on_a_grid = codes.shape is not None and len(codes.shape) == 2
+    listed = latents is not None and latents.codebook() is not None
+    return Evaluation(
+        metrics,
+        images.images(),
+        code_counts(codes.indices(), K),
+        [] if latents is None else latents.curve,
+        gallery.images(),
+        code_pictures(codec) if on_a_grid and listed else None,
+        images.hash.hexdigest()[:16],
+        judges.notes,
+    )
 
 # %% ../../nbs/5_evaluation/01_evaluate.ipynb #8f035a74
+def _draw_gallery(axes, gallery):
+    "Originals over reconstructions, six a row."
+    from bavq.core.plots import show_images
+    for ax, (name, pairs) in zip(axes, gallery.items()):
+        shown = pairs[: 12 if len(pairs) >= 12 else 6]
+        rows = [side for half in shown.split(6) for side in (half[:, 0], half[:, 1])]
+        show_images(torch.cat(rows), min(6, len(pairs)), ax, name)
+
+def _draw_codes(ax, e):
+    "Pictures of the codes, the most used one first."
+    from bavq.core.plots import show_images
+    if e.codes is None:
+        ax.set_axis_off()
+        return
+    order = e.counts.argsort(descending=True)[:1024]
+    show_images(e.codes[order], max(8, math.isqrt(2 * len(order))), ax, "codes, by use")
+
+def _draw_operating_point(ax, e, method):
+    "The run among the rates and distortions that are possible for its latents."
+    from bavq.core.plots import plot_rd
+    if not e.curve:
+        ax.set_axis_off()
+        return
+    bound = [[point[k] for point in e.curve] for k in ("rate_bits", "distortion")]
+    run = (e.metrics["rate_bits"], e.metrics["latent_distortion"])
+    plot_rd(bound, {method or "run": run}, ax).set_xlabel("rate [bit per latent]")
+
+# %% ../../nbs/5_evaluation/01_evaluate.ipynb #9a35bde9
 def evaluation_figure(
-    e: Evaluation,       # of `evaluate`
-    method: str = "",    # its name, for colour and marker
+    e: Evaluation,          # of `evaluate`
+    method: str = "",       # its name, for colour and marker
     path: str | Path = "",  # file to write; empty: none
-):
+) -> Any:  # a figure of matplotlib
     "Images, codebook, use of the codes, and rate and distortion of one evaluation; returns the figure."
-    from bavq.core.plots import figure, house_style, plot_rd, plot_usage, show_images
+    needs("matplotlib", extra="plots")
+    from bavq.core.plots import figure, house_style, plot_usage
     with house_style():
         fig, axes = figure(2, 3, width=3.3, height=2.3)
-        for ax, (name, pairs) in zip(axes[0], e.gallery.items()):
-            rows = [v for half in pairs[:12 if len(pairs) >= 12 else 6].split(6) for v in (half[:, 0], half[:, 1])]
-            show_images(torch.cat(rows), min(6, len(pairs)), ax, name)
-        order = e.counts.argsort(descending=True)
-        if e.codes is None: axes[1, 0].set_axis_off()
-        else: show_images(e.codes[order[:1024]], max(8, math.isqrt(2 * min(1024, len(order)))), axes[1, 0], "codes, by use")
+        _draw_gallery(axes[0], e.gallery)
+        _draw_codes(axes[1, 0], e)
         plot_usage(e.counts, ax=axes[1, 1], label=method or None)
-        if not e.curve: axes[1, 2].set_axis_off()
-        else: plot_rd([[c[k] for c in e.curve] for k in ("rate_bits", "distortion")], {method or "run": (e.metrics["rate_bits"], e.metrics["latent_distortion"])}, axes[1, 2]).set_xlabel("rate [bit per latent]")
-        if path: fig.savefig(path, dpi=120)
+        _draw_operating_point(axes[1, 2], e, method)
+        if path:
+            fig.savefig(path, dpi=120)
     return fig

@@ -4,300 +4,538 @@
 
 # %% ../../nbs/5_evaluation/02_reports.ipynb #1fff4377
 from __future__ import annotations
-import contextlib, json, shutil, socket, tempfile
+import contextlib
+import json
+import math
+import shutil
+import socket
+import tempfile
 from dataclasses import asdict, replace
 from itertools import count, islice
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Iterable, Iterator, NamedTuple, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from ..core.config import BavqError, RunConfig, choose, config_from_dict, get_rng_state, require, set_rng_state, write_json
+from ..core.config import RunConfig, config_from_dict
+from ..core.distributed import get_rng_state, set_rng_state
+from ..core.errors import BavqError, choose, needs, require
+from ..core.storage import write_json
 from .evaluate import Evaluation, Judges, as_pixels, evaluate, evaluation_figure, in_colour
 from ..quantizers.base import QUANTIZERS
-from ..core.config import read_json, read_weights
+from ..core.storage import read_json, read_weights
 from ..models.vqvae import build_model
-from ..training.loop import load_model
+from ..training.experiments import environment
+from ..training.checkpoints import load_model
 from ..models.vqvae import VQVAE
 
 # %% auto #0
-__all__ = ['COLUMNS', 'weights_from', 'Inception', 'make_lpips', 'OwnEyes', 'train_eyes', 'make_judges', 'find_runs', 'open_run',
-           'clean_state', 'guess_config', 'by_order', 'load_weights', 'evaluate_runs', 'evaluation_table',
-           'paired_images', 'write_report', 'report']
+__all__ = ['make_judges', 'find_runs', 'open_run', 'load_weights', 'evaluate_runs', 'evaluation_table', 'paired_images', 'report']
+
+# %% ../../nbs/5_evaluation/02_reports.ipynb #3ead0fb6
+if TYPE_CHECKING:
+    import pandas as pd
 
 # %% ../../nbs/5_evaluation/02_reports.ipynb #eec3d9be
+@contextlib.contextmanager
+def _patient_for(seconds):
+    "Within the block, a network that does not answer is given up after so many seconds."
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
+
+@contextlib.contextmanager
+def _hub_finds(path, name):
+    "Within the block, torch.hub finds the file `path` under the name of its own download; empty: its cache."
+    if not path:
+        yield
+        return
+    read_weights(path)  # refuses what is damaged, or holds more than tensors
+    before = torch.hub.get_dir()
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoints = Path(folder) / "checkpoints"
+        checkpoints.mkdir()
+        shutil.copy(path, checkpoints / name)
+        torch.hub.set_dir(folder)
+        try:
+            yield
+        finally:
+            torch.hub.set_dir(before)
+
+# %% ../../nbs/5_evaluation/02_reports.ipynb #2da612ec
 @contextlib.contextmanager
 def weights_from(
     path: str,  # of a file of weights; empty: torch's cache, or a download
     url: str,   # from which torch.hub would take it
     lost: tuple[str, str],  # what cannot be had without it, and the option that takes the file
-):
-    "Within the block, torch.hub finds the file where it would have put its own download; what fails is a `BavqError`."
-    before, patience = torch.hub.get_dir(), socket.getdefaulttimeout()
-    socket.setdefaulttimeout(10)
+) -> Iterator[None]:
+    "Within the block, torch.hub finds the file as if it had downloaded it; what fails is a `BavqError`."
+    what, option = lost
     try:
-        with tempfile.TemporaryDirectory() as d:
-            if path:
-                read_weights(path)   # refuses what is damaged, or holds more than tensors
-                (Path(d) / "checkpoints").mkdir(); shutil.copy(path, Path(d) / "checkpoints" / url.rpartition("/")[2])
-                torch.hub.set_dir(d)
+        with _patient_for(10), _hub_finds(path, url.rpartition("/")[2]):
             yield
-    except BavqError: raise
-    except Exception as e:   # torch and urllib raise many kinds
-        why = f"{path} does not fit" if path else "the weights are not in torch's cache and cannot be downloaded"
-        raise BavqError(f"no {lost[0]}: {why} ({' '.join(str(e).split())[:80]}); get {url} and give the file with {lost[1]}") from None
-    finally: torch.hub.set_dir(before); socket.setdefaulttimeout(patience)
+    except BavqError:
+        raise
+    except Exception as e:  # torch and urllib raise many kinds
+        why = "the weights are not in torch's cache and cannot be downloaded"
+        if path:
+            why = f"{path} does not fit"
+        cause = " ".join(str(e).split())[:80]
+        raise BavqError(f"no {what}: {why} ({cause}); get {url} and give the file with {option}") from None
 
 # %% ../../nbs/5_evaluation/02_reports.ipynb #e8c46030
 class Inception(nn.Module):
     "Images in [-1, 1] to the 2048 features and 1008 logits of the Inception network that defines the FID."
-    def __init__(self, weights: str = ""):   # a file; empty: torch's cache, or a download
+    def __init__(self, weights: str = ""):  # a file; empty: torch's cache, or a download
         super().__init__()
+        needs("torchmetrics", extra="eval")
+        needs("torch_fidelity", extra="eval")
         from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
         from torchmetrics.image.fid import NoTrainInceptionV3
-        with weights_from(weights, URL_INCEPTION_V3, ("r-FID and r-IS", "--inception-weights")): self.net = NoTrainInceptionV3("inception-v3-compat", ["2048"])
+        with weights_from(weights, URL_INCEPTION_V3, ("r-FID and r-IS", "--inception-weights")):
+            self.net = NoTrainInceptionV3("inception-v3-compat", ["2048"])
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         f = self.net(as_pixels(in_colour(x)))
-        return f, f @ self.net.fc.weight.T   # without bias, as the Inception Score is defined
+        return f, f @ self.net.fc.weight.T  # without bias, as the Inception Score is defined
 
+# %% ../../nbs/5_evaluation/02_reports.ipynb #8788f095
 def make_lpips(
-    weights: str = "",  # a file of AlexNet's weights; empty: torch's cache, or a download
-):
-    "The network of torchmetrics' LPIPS, which judges image by image."
+    weights: str = "",  # a file; empty: torch's cache, or a download
+) -> nn.Module:
+    "The network that tells LPIPS image by image, of pairs of images in [-1, 1]."
+    needs("torchmetrics", extra="eval")
+    needs("torchvision", extra="eval")
     from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
     from torchvision.models import AlexNet_Weights
-    with weights_from(weights, AlexNet_Weights.DEFAULT.url, ("LPIPS", "--lpips-weights")): return LearnedPerceptualImagePatchSimilarity("alex").net
+    with weights_from(weights, AlexNet_Weights.DEFAULT.url, ("LPIPS", "--lpips-weights")):
+        return LearnedPerceptualImagePatchSimilarity("alex").net
 
 # %% ../../nbs/5_evaluation/02_reports.ipynb #38055f2c
-class OwnEyes(nn.Module):
-    "A small classifier: images [B, C, H, W] to 64 features, and to (features, None) once it judges."
-    def __init__(self, channels: int, classes: int):
-        super().__init__()
-        block = lambda a, b, stride: [nn.Conv2d(a, b, 3, stride, 1), nn.GroupNorm(8, b), nn.ReLU()]
-        self.features = nn.Sequential(*block(channels, 32, 2), *block(32, 64, 2), *block(64, 64, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        self.classify, self.accuracy = nn.Linear(64, classes), 0.0
+def _conv_block(channels, width, stride):
+    "A convolution, a norm and a ReLU."
+    return [nn.Conv2d(channels, width, 3, stride, 1), nn.GroupNorm(8, width), nn.ReLU()]
 
-    def forward(self, x: Tensor) -> tuple[Tensor, None]: return self.features(x.clamp(-1, 1)), None
+class OwnEyes(nn.Module):
+    "A small classifier: images [B, C, H, W] to (64 features, None), as a judge of images answers."
+    def __init__(
+        self,
+        channels: int,  # C of the images
+        classes: int,   # that it learns to tell apart
+    ):
+        super().__init__()
+        layers = _conv_block(channels, 32, 2) + _conv_block(32, 64, 2) + _conv_block(64, 64, 1)
+        self.features = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.classify = nn.Linear(64, classes)
+        self.accuracy = 0.0
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        return self.features(x.clamp(-1, 1)), None
+
+# %% ../../nbs/5_evaluation/02_reports.ipynb #e6bcd786
+def _endless_batches(loader):
+    "Epoch after epoch."
+    for epoch in count():
+        loader.set_epoch(epoch)
+        yield from loader
+
+def _labels_of(loader):
+    "The labels of the training images, also where these are read from files."
+    if loader.labels.is_meta:
+        return torch.tensor(loader.dataset.dataset.targets)
+    return loader.labels
 
 def train_eyes(
-    loader,            # training batches, of `bavq.theory.sources`
+    loader: Any,       # training batches of labelled images
     steps: int = 300,  # batches to train on
 ) -> OwnEyes:
-    "A classifier of the training images, the same for the same images; `accuracy` is that of the last tenth of the steps."
-    labels = loader.labels if not loader.labels.is_meta else torch.tensor(loader.dataset.dataset.targets)
-    require(labels.unique().numel() > 1, "no FID-own: the images have no labels to train a classifier on; sort them into folders, one a class")
+    "A classifier of the images, the same for the same images; `accuracy`: over the last tenth of the steps."
+    labels = _labels_of(loader)
+    cure = "sort them into folders, one a class"
+    enough = labels.unique().numel() > 1
+    require(enough, f"no FID-own: the images have no labels to train a classifier on; {cure}")
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
-        eyes, right = OwnEyes(loader.channels, int(labels.max()) + 1).to(loader.device), []
+        eyes = OwnEyes(loader.channels, int(labels.max()) + 1).to(loader.device)
     optimizer = torch.optim.Adam(eyes.parameters(), 2e-3)
-    for x, y in islice((b for epoch in count() for b in _epoch(loader, epoch)), steps):
+    right = []
+    for x, y in islice(_endless_batches(loader), steps):
         logits = eyes.classify(eyes(x)[0])
-        optimizer.zero_grad(); F.cross_entropy(logits, y).backward(); optimizer.step()
+        optimizer.zero_grad()
+        F.cross_entropy(logits, y).backward()
+        optimizer.step()
         right.append((logits.argmax(1) == y).float().mean())
-    eyes.accuracy = torch.stack(right[-max(1, steps // 10):]).mean().item()
+    last_tenth = right[-max(1, steps // 10) :]
+    eyes.accuracy = torch.stack(last_tenth).mean().item()
     return eyes.eval()
 
-def _epoch(loader, epoch):
-    loader.set_epoch(epoch)
-    return loader
-
 # %% ../../nbs/5_evaluation/02_reports.ipynb #7ff5a156
+JUDGES = {"inception": "fid", "lpips": "lpips", "own": "fid_own"}  # and what each of them measures
+
+def _make_judge(name, loader, weights):
+    "One of `JUDGES`; a `BavqError` where its weights or its library cannot be had."
+    if name == "inception":
+        return Inception(weights)
+    return make_lpips(weights) if name == "lpips" else train_eyes(loader)
+
+# %% ../../nbs/5_evaluation/02_reports.ipynb #4efec498
 def make_judges(
-    names=("inception", "lpips", "own"),  # those that are asked for
-    loader=None,                          # training batches, for `own`
-    inception_weights: str = "",          # a file; empty: torch's cache, or a download
-    lpips_weights: str = "",              # likewise
+    names: Iterable[str] = ("inception", "lpips", "own"),  # those that are asked for
+    loader: Any = None,           # training batches, for `own`
+    inception_weights: str = "",  # a file; empty: torch's cache, or a download
+    lpips_weights: str = "",      # likewise
 ) -> Judges:
-    "The judges that can be had, and notes about the others; a file that was given and does not fit is an error."
-    table = dict(inception=("fid", lambda: Inception(inception_weights), inception_weights), own=("fid_own", lambda: train_eyes(loader), ""),
-                 lpips=("lpips", lambda: make_lpips(lpips_weights), lpips_weights))
-    made, notes = {}, []
+    "The judges that can be had, and notes about the others; a given file that does not fit is an error."
+    files = {"inception": inception_weights, "lpips": lpips_weights}
+    made: dict[str, nn.Module] = {}
+    notes = []
     for name in names:
-        key, make, given = choose(name, table, "judge")
-        try: made[key] = make().to(getattr(loader, "device", "cpu"))
+        measure = choose(name, JUDGES, "judge")
+        given = files.get(name, "")
+        try:
+            made[measure] = _make_judge(name, loader, given).to(getattr(loader, "device", "cpu"))
         except BavqError as e:
-            if given: raise
+            if given:
+                raise
             notes.append(str(e))
-    return Judges({k: v for k, v in made.items() if k != "lpips"}, made.get("lpips"), tuple(notes))
+    lpips = made.pop("lpips", None)
+    return Judges(made, lpips, tuple(notes))
 
 # %% ../../nbs/5_evaluation/02_reports.ipynb #ab695fbb
+def _is_prior(folder):
+    "Does the folder hold a prior, which is not a run?"
+    config = folder / "config.json"
+    return config.exists() and "kind" in read_json(config)
+
+def _runs_below(folder):
+    "The folders of runs with weights, at any depth."
+    weights = [w for pattern in ("final_model.pt", "checkpoint_epoch*.pt") for w in folder.rglob(pattern)]
+    return sorted({w.parent for w in weights if not _is_prior(w.parent)})
+
+def _runs_at(path):
+    "A file of weights or the folder of a run itself, or else the runs below it."
+    is_run = (path / "config.json").exists() and not _is_prior(path)
+    found = [path] if path.suffix == ".pt" or is_run else _runs_below(path)
+    why = f"{path} is neither the folder of a run nor one that holds runs with weights: check the path"
+    if path.is_dir():
+        why += " (records of a study hold no weights: train its runs again)"
+    require(bool(found), why)
+    return found
+
+# %% ../../nbs/5_evaluation/02_reports.ipynb #00d47608
 def find_runs(
-    paths,  # run folders, folders of runs, or files of weights
+    paths: Iterable[str | Path],  # run folders, folders of runs, or files of weights
 ) -> dict[str, Path]:
     "Every run that can be opened among or below the paths, none twice, by a name that is its own."
-    found = []
-    for p in map(Path, paths):
-        here = [p] if p.suffix == ".pt" or (p / "config.json").exists() and not _is_prior(p) else sorted({w.parent for k in ("final_model.pt", "checkpoint_epoch*.pt") for w in p.rglob(k) if not _is_prior(w.parent)})
-        require(here, f"{p} is neither the folder of a run nor one that holds runs with weights: check the path" + " (records of a study hold no weights: train its runs again)" * p.is_dir())
-        found += here
-    found = list({p.resolve(): p for p in found}.values())
-    names = [p.resolve().name if p.suffix != ".pt" else f"{p.parent.name}/{p.stem}" for p in found]
-    return dict(zip(names if len({*names}) == len(names) else map(str, found), found))
+    found = [run for p in paths for run in _runs_at(Path(p))]
+    different = list({p.resolve(): p for p in found}.values())
+    short = [f"{p.parent.name}/{p.stem}" if p.suffix == ".pt" else p.resolve().name for p in different]
+    if len(set(short)) < len(short):
+        return {str(p): p for p in different}
+    return dict(zip(short, different))
 
-def _is_prior(folder): return (folder / "config.json").exists() and "kind" in read_json(folder / "config.json")
-
+# %% ../../nbs/5_evaluation/02_reports.ipynb #2affaaab
 def open_run(
     path: str | Path,  # of a run's folder, or of a file of weights
 ) -> tuple[VQVAE, RunConfig]:
-    "A model in evaluation mode, on the CPU, and its configuration; of an unfinished run, from its newest checkpoint."
+    "A model in evaluation mode, on the CPU, and its configuration; or from an unfinished run's checkpoint."
+    if Path(path).suffix == ".pt":
+        return load_weights(path)
     final = Path(path) / "final_model.pt"
-    return load_weights(path if final.parent.suffix == ".pt" else final) if final.exists() or final.parent.suffix == ".pt" else load_model(path)
+    return load_weights(final) if final.exists() else load_model(path)
 
 # %% ../../nbs/5_evaluation/02_reports.ipynb #39537ee9
-_ALIASES = {f"quantizer.{old}": "quantizer.embedding" for old in ("embedding.weight", "embeddings.weight", "codebook", "codebook.weight")}
+OLD_NAMES = {
+    f"quantizer.{old}": "quantizer.embedding"
+    for old in ("embedding.weight", "embeddings.weight", "codebook", "codebook.weight")
+}
+
+def _todays_name(key):
+    "A tensor's name without wrappers' prefixes, and as it is called today."
+    bare = ".".join(part for part in key.split(".") if part not in ("module", "_orig_mod"))
+    return OLD_NAMES.get(bare, bare)
 
 def clean_state(
     state: dict,  # of `torch.save`
 ) -> dict[str, Tensor]:
     "The state_dict in a checkpoint, without wrappers' prefixes."
     state = state.get("model_state_dict", state.get("state_dict", state))
-    require(state and all(map(torch.is_tensor, state.values())), "the file holds no state_dict, alone or as model_state_dict: save model.state_dict()")
-    strip = lambda k: ".".join(part for part in k.split(".") if part not in ("module", "_orig_mod"))
-    return {_ALIASES.get(strip(k), strip(k)): v for k, v in state.items()}
+    ok = bool(state) and all(torch.is_tensor(v) for v in state.values())
+    cure = "save model.state_dict()"
+    require(ok, f"the file holds no state_dict, alone or as model_state_dict: {cure}")
+    return {_todays_name(k): v for k, v in state.items()}
+
+# %% ../../nbs/5_evaluation/02_reports.ipynb #385e52c1
+def _state_names(quantizer, K, D):
+    "The names of a quantizer's tensors."
+    try:
+        return QUANTIZERS[quantizer](K, D).state_dict().keys()
+    except BavqError:  # a quantizer that cannot have these sizes
+        return {""}
+
+def _guess_quantizer(names, K, D):
+    "The registered quantizer whose tensors have the most similar names."
+    def unlike(quantizer):
+        return len(names ^ _state_names(quantizer, K, D) - {"initialised"})
+    return min(sorted(QUANTIZERS), key=unlike)
 
 def guess_config(
     state: dict[str, Tensor],  # of `clean_state`
 ) -> RunConfig:
-    "Sizes from the shapes (256 and two blocks where names are foreign), and the quantizer from the names of its tensors."
+    "Sizes from the shapes (256 and two blocks where names are foreign), the quantizer from names of tensors."
     part = {k.removeprefix("quantizer."): v for k, v in state.items() if k.startswith("quantizer.")}
-    h = len(state.get("encoder.layers.2.weight", range(256)))
-    D = len(state.get("encoder.project.weight", range(h)))
+    ours = "encoder.layers.2.weight" in state
+    hidden = len(state["encoder.layers.2.weight"]) if ours else 256
+    D = len(state["encoder.project.weight"]) if "encoder.project.weight" in state else hidden
     K = next((len(v) for v in part.values() if v.dim() == 2 and v.shape[1] == D), 512)
-    unlike = lambda name: len(part.keys() ^ _names(name, K, D) - {"initialised"})
-    blocks = sum(k.startswith("encoder.layers.") and k.endswith("conv1.weight") for k in state) if "encoder.layers.2.weight" in state else 2
-    return RunConfig(quantizer=min(sorted(QUANTIZERS), key=unlike), codebook_size=K, embedding_dim=D, hidden_channels=h, residual_blocks=blocks)
-
-def _names(name, K, D):
-    try: return QUANTIZERS[name](K, D).state_dict().keys()
-    except BavqError: return {""}   # a quantizer that cannot have these sizes
+    blocks = sum(k.startswith("encoder.layers.") and k.endswith("conv1.weight") for k in state)
+    return RunConfig(
+        quantizer=_guess_quantizer(part.keys(), K, D),
+        codebook_size=K,
+        embedding_dim=D,
+        hidden_channels=hidden,
+        residual_blocks=blocks if ours else 2,
+    )
 
 # %% ../../nbs/5_evaluation/02_reports.ipynb #b1ee65a8
 def by_order(
     state: dict[str, Tensor],  # of `clean_state`
     own: dict[str, Tensor],    # of the model
 ) -> dict[str, Tensor]:
-    "The state with the model's names for an encoder or decoder whose shapes, in their order, are the model's."
+    "The state with the model's names for an encoder or decoder whose shapes are, in order, the model's."
     for part in ("encoder.", "decoder."):
-        old, new = ([k for k in d if k.startswith(part)] for d in (state, own))
+        old = [k for k in state if k.startswith(part)]
+        new = [k for k in own if k.startswith(part)]
         if old != new and [state[k].shape for k in old] == [own[k].shape for k in new]:
             names = dict(zip(old, new))
             state = {names.get(k, k): v for k, v in state.items()}
     return state
 
+def _differences(state, own):
+    "What keeps a state from fitting a model, in words; empty: nothing."
+    unlike = [k for k in own.keys() & state.keys() if state[k].shape != own[k].shape]
+    wrong = {
+        "missing": own.keys() - state.keys(),
+        "unknown": state.keys() - own.keys() - {"quantizer.initialised"},
+        "differing": {f"{k} {list(state[k].shape)}, not {list(own[k].shape)}" for k in unlike},
+    }
+    return "; ".join(f"{what} {', '.join(sorted(keys))}" for what, keys in wrong.items() if keys)
+
+# %% ../../nbs/5_evaluation/02_reports.ipynb #9530403a
+@contextlib.contextmanager
+def _generators_put_back():
+    "After the block, the random generators are where they were before it."
+    before = get_rng_state()
+    try:
+        yield
+    finally:
+        set_rng_state(before)
+
+def _config_near(path, raw):
+    "The configuration in a file of weights, or else in config.json beside it, or None."
+    beside = Path(path).parent / "config.json"
+    found = raw.get("config")
+    if not found and beside.exists():
+        found = read_json(beside)
+    return config_from_dict(found) if isinstance(found, dict) else None
+
+# %% ../../nbs/5_evaluation/02_reports.ipynb #df1c912e
 def load_weights(
     path: str | Path,                 # of a .pt file
     config: RunConfig | None = None,  # of its model; None: in the file, beside it, or guessed
 ) -> tuple[VQVAE, RunConfig]:
     "A model from a file of weights, or a `BavqError` that names every key that differs."
-    raw, beside = read_weights(path), Path(path).parent / "config.json"
+    raw = read_weights(path)
     require(isinstance(raw, dict), f"{path} holds a {type(raw).__name__}: save model.state_dict()")
-    state, found = clean_state(raw), raw.get("config") or (read_json(beside) if beside.exists() else None)
-    channels, rng = next((v.shape[1] for k, v in state.items() if k.startswith("encoder.") and v.dim() == 4), 3), get_rng_state()   # which making a model seeds
-    try:
-        config = config or (config_from_dict(found) if isinstance(found, dict) else guess_config(state))
+    state = clean_state(raw)
+    kernels = [v for k, v in state.items() if k.startswith("encoder.") and v.dim() == 4]
+    channels = kernels[0].shape[1] if kernels else 3
+    with _generators_put_back():  # making a model seeds them
+        config = config or _config_near(path, raw) or guess_config(state)
         model = build_model(config, channels)
-    finally: set_rng_state(rng)
     own = model.state_dict()
-    state = {"quantizer.initialised": torch.tensor(True)} | by_order(state, own)   # older files do not have it
-    wrong = dict(missing=own.keys() - state.keys(), unknown=state.keys() - own.keys() - {"quantizer.initialised"},
-                 differing={f"{k} {list(state[k].shape)}, not {list(own[k].shape)}" for k in own.keys() & state.keys() if state[k].shape != own[k].shape})
-    said = "; ".join(f"{what} {', '.join(sorted(keys))}" for what, keys in wrong.items() if keys)
-    require(not said, f"{path} does not fit {config.quantizer} with K={config.codebook_size}, D={config.embedding_dim}: {said}")
+    state = {"quantizer.initialised": torch.tensor(True)} | by_order(state, own)  # older files lack it
+    said = _differences(state, own)
+    sizes = f"K={config.codebook_size}, D={config.embedding_dim}"
+    require(not said, f"{path} does not fit {config.quantizer} with {sizes}: {said}")
     model.load_state_dict({k: state[k] for k in own})
     return model.eval(), config
 
 # %% ../../nbs/5_evaluation/02_reports.ipynb #e0fba65f
+class _Exam(NamedTuple):
+    "What all runs of one data set are shown, and who looks at it."
+    test: Any       # batches of test images
+    judges: Judges
+
+def _make_exam(data, data_root, image_size, batch_size, device, **judges):
+    "The test images of a data set, and judges made from its training images."
+    from bavq.training.data import get_dataloaders
+    train, test = get_dataloaders(data, 1, data_root, image_size=image_size, device=device)
+    for loader in (train, test):
+        loader.batch_size = min(128, batch_size, loader.num_images)
+    return _Exam(test, make_judges(loader=train, **judges))
+
+# %% ../../nbs/5_evaluation/02_reports.ipynb #2a9a3257
 def evaluate_runs(
-    paths,                       # run folders, folders of runs, or files of weights
-    data: str = "",              # another data set than the runs' own
-    data_root: str = "",         # where torchvision's data sets lie
-    judges=("inception", "lpips", "own"),  # networks that look at the images
-    inception_weights: str = "", # a file; empty: torch's cache, or a download
-    lpips_weights: str = "",     # likewise
-    device="cpu",                # where models and judges run
+    paths: Iterable[str | Path],  # run folders, folders of runs, or files of weights
+    data: str = "",               # another data set than the runs' own
+    data_root: str = "",          # where torchvision's data sets lie
+    judges: Sequence[str] = ("inception", "lpips", "own"),  # networks that look at the images
+    inception_weights: str = "",  # a file; empty: torch's cache, or a download
+    lpips_weights: str = "",      # likewise
+    device: Any = "cpu",          # where models and judges run
 ) -> dict[str, tuple[RunConfig, Evaluation]]:
-    "Evaluate every run on its test images, by name; of several, one that cannot be evaluated is named and left out."
-    from bavq.theory.sources import get_dataloaders
-    done, loaders, found = {}, {}, find_runs(paths)
+    "Evaluate every run on its test images, by name; of several, one that cannot be is named and left out."
+    ask = {"names": judges, "inception_weights": inception_weights, "lpips_weights": lpips_weights}
+    found = find_runs(paths)
+    done = {}
+    exams: dict[tuple, _Exam] = {}
     for name, path in found.items():
         try:
             model, c = open_run(path)
-            key = data or c.data, data_root or c.data_root, c.image_size
-            if key not in loaders:
-                train, test = get_dataloaders(key[0], 1, key[1], image_size=key[2], device=device)
-                for loader in (train, test): loader.batch_size = min(128, c.batch_size, loader.num_images)
-                loaders[key] = test, make_judges(judges, train, inception_weights, lpips_weights)
-            done[name] = replace(c, data=key[0]), evaluate(model.to(device), *loaders[key])
+            key = (data or c.data, data_root or c.data_root, c.image_size)
+            if key not in exams:
+                exams[key] = _make_exam(*key, c.batch_size, device, **ask)
+            done[name] = (replace(c, data=key[0]), evaluate(model.to(device), *exams[key]))
         except BavqError as e:
-            if len(found) == 1: raise
+            if len(found) == 1:
+                raise
             print(f"{name} is left out: {e}")
-    require(done, "no run could be evaluated: see the lines above")
+    require(bool(done), "no run could be evaluated: see the lines above")
     return done
 
 # %% ../../nbs/5_evaluation/02_reports.ipynb #d2353601
-COLUMNS = dict(psnr="PSNR [dB]", ssim="SSIM", lpips="LPIPS", fid="r-FID", inception_score="r-IS", fid_own="FID-own", perplexity="perplexity",
-               perplexity_corrected="corrected", usage_rate="usage", dead_codes="dead", code_entropy_bits="entropy [bit]",
-               entropy_given_left="given left", entropy_given_random="given random", soft_hard_gap="soft-hard [dB]",
-               latent_distortion="D", gaussian_rate_bits="R_G(D) [bit]", excess_bits="excess [bit]", redundant_codes="c < 1")
+COLUMNS = {
+    "psnr": "PSNR [dB]",
+    "ssim": "SSIM",
+    "lpips": "LPIPS",
+    "fid": "r-FID",
+    "inception_score": "r-IS",
+    "fid_own": "FID-own",
+    "perplexity": "perplexity",
+    "perplexity_corrected": "corrected",
+    "usage_rate": "usage",
+    "dead_codes": "dead",
+    "code_entropy_bits": "entropy [bit]",
+    "entropy_given_left": "given left",
+    "entropy_given_random": "given random",
+    "soft_hard_gap": "soft-hard [dB]",
+    "latent_distortion": "D",
+    "gaussian_rate_bits": "R_G(D) [bit]",
+    "excess_bits": "excess [bit]",
+    "redundant_codes": "c < 1",
+}
 
+def _short_number(v):
+    "A whole number as it is, others with four digits, a gap as –."
+    if v is None or math.isnan(v):
+        return "–"
+    return f"{v:.0f}" if float(v).is_integer() else f"{v:.4g}"
+
+# %% ../../nbs/5_evaluation/02_reports.ipynb #7b9e5c83
 def evaluation_table(
     metrics: dict[str, dict],  # named numbers of each run
-):
-    "A pandas DataFrame: a row for each run; a column that no run has is left out, a gap is shown as –."
+) -> pd.DataFrame:
+    "A row for each run; a column that no run has is left out, a gap is shown as –."
+    needs("pandas", extra="eval")
     import pandas as pd
-    table = pd.DataFrame({name: {k: m.get(k) for k in COLUMNS} for name, m in metrics.items()}).T.dropna(axis=1, how="all")
-    form = lambda v: "–" if v is None or v != v else f"{v:.0f}" if float(v).is_integer() else f"{v:.4g}"
-    return table.map(form).rename(columns=COLUMNS)
+    table = pd.DataFrame({name: {k: m.get(k) for k in COLUMNS} for name, m in metrics.items()})
+    return table.T.dropna(axis=1, how="all").map(_short_number).rename(columns=COLUMNS)
 
 # %% ../../nbs/5_evaluation/02_reports.ipynb #6600abe7
 def paired_images(
     runs: dict[str, Evaluation],  # by name
     baseline: str = "",           # that the others are compared with; empty: the first
-):
-    "A pandas DataFrame of differences to the baseline over the same images: mean, 95 % interval, p, share of the images that are better."
+) -> pd.DataFrame:
+    "Differences to the baseline over the same images: mean, 95 % interval, p, share of better images."
+    needs("pandas", extra="eval")
     import pandas as pd
     from bavq.theory.statistics import paired_difference
     baseline = baseline or next(iter(runs))
-    b, rows = choose(baseline, runs, "run"), []
-    for name, e in runs.items():
-        require(e.fingerprint == b.fingerprint, f"{name} and {baseline} were shown different images: evaluate both on one data set")
-        for k in e.images.keys() & b.images.keys() if name != baseline else ():
-            x, y = pd.Series(e.images[k].numpy()), pd.Series(b.images[k].numpy())
-            better = (x < y if k == "lpips" else x > y).mean()
-            rows.append(dict(run=name, measure=k, images=len(x), **paired_difference(x, y), better=better))
+    base = choose(baseline, runs, "run")
+    rows = []
+    for name, run in runs.items():
+        same = run.fingerprint == base.fingerprint
+        require(same, f"{name} and {baseline} were shown different images: evaluate both on one data set")
+        if name == baseline:
+            continue
+        for measure in run.images.keys() & base.images.keys():
+            x, y = (pd.Series(e.images[measure].numpy()) for e in (run, base))
+            better = (x < y if measure == "lpips" else x > y).mean()
+            row = {"run": name, "measure": measure, "images": len(x)}
+            rows.append(row | paired_difference(x, y) | {"better": better})
     return pd.DataFrame(rows).sort_values(["run", "measure"], ignore_index=True)
 
 # %% ../../nbs/5_evaluation/02_reports.ipynb #ac268287
+def _as_json(config, e):
+    "What a report says of one run."
+    return {
+        "config": asdict(replace(config, data_root="")),
+        "images": e.fingerprint,
+        "metrics": e.metrics,
+        "rd_curve": e.curve,
+        "counts": e.counts.sort(descending=True).values[:1024].tolist(),
+    }
+
+def _all_notes(done):
+    "What was missing in any run, each note once."
+    return sorted({note for _, e in done.values() for note in e.notes})
+
 def write_report(
     done: dict[str, tuple[RunConfig, Evaluation]],  # of `evaluate_runs`
-    folder: str | Path,  # where evaluation.json and a figure of each run are put; existing ones are replaced
-    pairs=None,          # of `paired_images`
-    device="cpu",        # that did the work
+    folder: str | Path,  # of evaluation.json and a figure of each run; existing ones are replaced
+    pairs: pd.DataFrame | None = None,  # of `paired_images`
+    device: Any = "cpu",                # that did the work
 ) -> Path:
     "Write what was found: configurations, environment, numbers, curves, uses of the codes, differences."
-    from bavq.training.experiments import environment
+    needs("matplotlib", extra="plots")
     from bavq.core.plots import plt
-    one = lambda c, e: dict(config=asdict(replace(c, data_root="")), images=e.fingerprint, metrics=e.metrics, rd_curve=e.curve, counts=e.counts.sort(descending=True).values[:1024].tolist())
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    for name, (c, e) in done.items(): plt.close(evaluation_figure(e, c.quantizer, Path(folder) / f"{name.replace('/', '-')}.png"))
-    notes = sorted({n for _, e in done.values() for n in e.notes})
-    return write_json(Path(folder) / "evaluation.json", dict(environment=environment(device), notes=notes, runs={name: one(*v) for name, v in done.items()},
-                      pairs=[] if pairs is None else json.loads(pairs.to_json(orient="records"))))
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, (c, e) in done.items():
+        plt.close(evaluation_figure(e, c.quantizer, folder / f"{name.replace('/', '-')}.png"))
+    found = {
+        "environment": environment(device),
+        "notes": _all_notes(done),
+        "runs": {name: _as_json(*v) for name, v in done.items()},
+        "pairs": [] if pairs is None else json.loads(pairs.to_json(orient="records")),
+    }
+    return write_json(folder / "evaluation.json", found)
 
-def report(
-    paths,               # run folders, folders of runs, or files of weights
-    out: str = "",       # folder for evaluation.json and the figures; empty: only print
-    baseline: str = "",  # run that the others are compared with; empty: the first
-    **options,           # more arguments of `evaluate_runs`
-) -> None:
-    "Evaluate runs, print the table, the differences and the notes, and write them."
-    if baseline: choose(baseline, find_runs(paths), "run")
-    done = evaluate_runs(paths, **options)
-    table, baseline = evaluation_table({name: e.metrics for name, (_, e) in done.items()}), baseline or next(iter(done))
-    print((table.T if len(done) <= 8 else table).to_string())
+# %% ../../nbs/5_evaluation/02_reports.ipynb #dd0fe968
+def _pairs_of_same_images(done, baseline):
+    "`paired_images` of the runs that were shown what the baseline was shown; None: there is no other."
     shown = choose(baseline, done, "run")[1].fingerprint
     same = {name: e for name, (_, e) in done.items() if e.fingerprint == shown}
-    pairs = paired_images(same, baseline) if len(same) > 1 else None
-    if pairs is not None: print(f"\ndifference to {baseline} over the same images, 95 % interval\n{pairs.round(4).to_string(index=False)}")
-    for note in sorted({n for _, e in done.values() for n in e.notes}): print(f"\n{note}")
-    if out: print(f"\nwritten to {write_report(done, out, pairs, options.get('device', 'cpu'))}")
+    return paired_images(same, baseline) if len(same) > 1 else None
+
+def _print_report(done, baseline, pairs):
+    "The table, the differences and the notes."
+    table = evaluation_table({name: e.metrics for name, (_, e) in done.items()})
+    print((table.T if len(done) <= 8 else table).to_string())
+    if pairs is not None:
+        print(f"\ndifference to {baseline} over the same images, 95 % interval")
+        print(pairs.round(4).to_string(index=False))
+    for note in _all_notes(done):
+        print(f"\n{note}")
+
+# %% ../../nbs/5_evaluation/02_reports.ipynb #06a5a686
+def report(
+    paths: Iterable[str | Path],  # run folders, folders of runs, or files of weights
+    out: str = "",       # folder for evaluation.json and the figures; empty: only print
+    baseline: str = "",  # run that the others are compared with; empty: the first
+    **options: Any,      # more arguments of `evaluate_runs`
+) -> None:
+    "Evaluate runs, print the table, the differences and the notes, and write them."
+    paths = list(paths)
+    if baseline:
+        choose(baseline, find_runs(paths), "run")
+    done = evaluate_runs(paths, **options)
+    baseline = baseline or next(iter(done))
+    pairs = _pairs_of_same_images(done, baseline)
+    _print_report(done, baseline, pairs)
+    if out:
+        print(f"\nwritten to {write_report(done, out, pairs, options.get('device', 'cpu'))}")

@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import nn
-from ..core.config import require
+from ..core.errors import require
 
 # %% auto #0
 __all__ = ['ResidualBlock', 'check_images', 'Encoder', 'FiLM', 'check_labels', 'Decoder', 'Coarsen', 'Refine']
@@ -30,7 +30,7 @@ def check_images(
 ) -> None:
     "Refuse images that a network cannot take; looks at shape and dtype only, so nothing waits for the device."
     require(x.dim() == 4, f"images have shape {list(x.shape)}: give [B, {channels}, H, W]")
-    require(x.is_floating_point(), f"images are {x.dtype}: give floats in [-1, 1], as bavq.theory.sources.normalize makes them from uint8")
+    require(x.is_floating_point(), f"images are {x.dtype}: give floats in [-1, 1], as bavq.training.data.normalize makes them from uint8")
     require(x.shape[0] > 0, "the batch holds no image: give at least one")
     require(x.shape[1] == channels, f"images have {x.shape[1]} channels, the network {channels}: give in_channels={x.shape[1]} or convert the images")
     height, width = x.shape[2:]

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from ..core.config import BavqError, choose, require, typed, is_whole
+from ..core.errors import BavqError, choose, require, typed, is_whole
 from .vqvae import VQVAEOutput
 
 # %% auto #0
@@ -356,7 +356,7 @@ def load_prior(
     folder: str | Path,  # of a prior, finished or not
 ) -> Prior:
     "The final prior, or that of its newest checkpoint, in evaluation mode on the CPU."
-    from bavq.core.config import newest_checkpoint, read_json, read_weights
+    from bavq.core.storage import newest_checkpoint, read_json, read_weights
     folder, final = Path(folder), Path(folder) / "final_model.pt"
     found = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     require({"kind", "codes"} <= found.keys(), f"{folder} is not the folder of a prior: give one of those in priors/ of a run's folder")

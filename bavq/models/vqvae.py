@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from ..quantizers.ba_vq import BAQuantizer           # imported so that it is registered
 from ..quantizers.composite import ResidualQuantizer  # likewise
-from ..core.config import RunConfig, require, set_seed, typed
+from ..core.config import RunConfig
+from ..core.distributed import set_seed
+from ..core.errors import require, typed
 from .networks import Coarsen, Decoder, Encoder, Refine
 from ..quantizers.base import make_quantizer
 from ..quantizers.searchless import FSQQuantizer      # likewise

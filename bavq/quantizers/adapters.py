@@ -4,68 +4,186 @@
 
 # %% ../../nbs/2_quantizers/10_adapters.ipynb #ed3625a3
 from __future__ import annotations
+import importlib
+from types import ModuleType
+from typing import Any
 import torch
 from torch import Tensor, nn
-from ..core.config import require
-from .base import Quantized
+from ..core.errors import BavqError, require
+from .base import (Quantized, Quantizer, from_rows, full_precision, latent_rows, quantize,
+                                  register_quantizer)
 from .vq_ema import VQEMAQuantizer
+from ..theory.metrics import code_counts, compute_perplexity, compute_usage_rate
 
 # %% auto #0
-__all__ = ['VectorQuantizeAdapter', 'as_vector_quantize', 'from_vector_quantize']
+__all__ = ['PeerQuantizer', 'VectorQuantizeAdapter', 'as_vector_quantize', 'from_vector_quantize']
+
+# %% ../../nbs/2_quantizers/10_adapters.ipynb #e1020ef1
+def peer_library() -> ModuleType:
+    "The module `vector_quantize_pytorch`, or a `BavqError` that says how to install it."
+    try:
+        return importlib.import_module("vector_quantize_pytorch")
+    except ImportError as e:
+        advice = "pip install vector-quantize-pytorch"
+        raise BavqError(f"vector-quantize-pytorch cannot be imported ({e}): {advice}") from None
+
+# %% ../../nbs/2_quantizers/10_adapters.ipynb #add21735
+@register_quantizer("peer_vq")
+class PeerQuantizer(Quantizer):
+    """`VectorQuantize` of vector-quantize-pytorch under this contract.
+
+    Options go by this project's names where they mean the same; defaults are those in common use."""
+    def __init__(self,
+        num_embeddings: int,                  # K, number of codes
+        embedding_dim: int,                   # D, dimension of a code
+        commitment_cost: float = 0.25,        # weight of the commitment loss, its commitment_weight
+        decay: float = 0.99,                  # γ of the running means
+        threshold_ema_dead_code: float = 2,   # revive codes whose running count is under this; 0: never
+        kmeans_init: bool = True,             # codes from k-means on the first batch; 0: at random
+        distance: str = "euclidean",          # euclidean or cosine
+        gradient: str = "rotation",           # straight_through or rotation
+    ):
+        super().__init__(num_embeddings, embedding_dim, commitment_cost, distance=distance, gradient=gradient)
+        require(kmeans_init in (0, 1), f"kmeans_init is {kmeans_init!r}: give 1 or 0")
+        self.vq = peer_library().VectorQuantize(
+            self.embedding_dim, self.num_embeddings, decay=decay, commitment_weight=commitment_cost,
+            kmeans_init=bool(kmeans_init), threshold_ema_dead_code=threshold_ema_dead_code,
+            use_cosine_sim=distance == "cosine", rotation_trick=gradient == "rotation")
+
+    @property
+    def codebook(self):
+        return self.vq.codebook
+
+    def forward(self, z):
+        return peer_step(self, z) if self.training else quantize(self, z)
+
+# %% ../../nbs/2_quantizers/10_adapters.ipynb #4437afe1
+def peer_step(
+    q: PeerQuantizer,  # in training
+    z: Tensor,         # latents [B, D, *space] or [N, D]
+) -> Quantized:
+    "One training step of the library: its codes, loss, gradient and update; our measurements."
+    with full_precision(z):
+        x = latent_rows(q, z)
+        z_q, index, loss = (v.squeeze(0) for v in q.vq(x[None]))
+        q.initialised.fill_(True)
+        counts = code_counts(index, q.num_embeddings)
+        metrics = dict(
+            code_indices=from_rows(index, z.shape),
+            perplexity=compute_perplexity(counts),
+            usage_rate=compute_usage_rate(counts))
+        return Quantized(from_rows(z_q, z.shape), dict(commitment_loss=loss), metrics)
 
 # %% ../../nbs/2_quantizers/10_adapters.ipynb #b08bb6be
-def _rows(a, x):
+def sequence_rows(
+    x: Tensor,           # [B, N, D], [B, D, N] or [B, D]
+    dim: int,            # D
+    channel_last: bool,  # whether the layout is [B, N, D]
+) -> tuple[Tensor, torch.Size]:  # [B·N, D], and the shape of the indices
     "Vectors as rows, and the shape of their indices."
-    if not a.channel_last and x.dim() == 3: x = x.transpose(1, 2)
-    require(x.dim() in (2, 3) and x.shape[-1] == a.dim, f"x has shape {list(x.shape)}, the codes {a.dim} channels: give [B, N, {a.dim}], or set accept_image_fmap or channel_last=False")
-    return x.reshape(-1, a.dim), x.shape[:-1]
-
-def _back(a, e):
-    "Codes [..., D] with their channels where the inputs had them."
-    return e if a.channel_last and not a.accept_image_fmap or e.dim() < 3 else e.movedim(-1, 1)
+    if x.dim() == 3 and not channel_last:
+        x = x.transpose(1, 2)
+    require(
+        x.dim() in (2, 3) and x.shape[-1] == dim,
+        f"x has shape {list(x.shape)}, the codes {dim} channels: "
+        f"give [B, N, {dim}], or set accept_image_fmap or channel_last=False")
+    return x.reshape(-1, dim), x.shape[:-1]
 
 # %% ../../nbs/2_quantizers/10_adapters.ipynb #e468f4d6
-def _quantize_marked(q, rows, mask):
-    "Only the rows that count; zeros and index -1 for the others."
-    marked, keep = rows[mask], mask[:, None]
-    if not len(marked): return Quantized(torch.zeros_like(rows), {}, dict(code_indices=mask.long() - 1))
-    out = q(marked)
-    z_q = torch.zeros_like(rows).masked_scatter(keep, out.z_q.to(rows.dtype))
+def quantize_masked(
+    q: nn.Module,   # any quantizer
+    rows: Tensor,   # [N, D]
+    mask: Tensor,   # [N] bool: which rows count
+) -> Quantized:
+    "Only the rows that count are quantized; the others are zeros with index -1."
+    counted = rows[mask]
+    if not len(counted):
+        return Quantized(torch.zeros_like(rows), {}, dict(code_indices=mask.long() - 1))
+    out = q(counted)
+    z_q = torch.zeros_like(rows).masked_scatter(mask[:, None], out.z_q.to(rows.dtype))
     index = out.metrics["code_indices"]
     index = index.new_full(mask.shape, -1).masked_scatter(mask, index)
     return out._replace(z_q=z_q, metrics=out.metrics | dict(code_indices=index))
 
 # %% ../../nbs/2_quantizers/10_adapters.ipynb #73d5e449
 class VectorQuantizeAdapter(nn.Module):
-    "A quantizer of this project with the call of vector-quantize-pytorch's `VectorQuantize`; the latest measurements are in `metrics`."
-    def __init__(self, quantizer, accept_image_fmap, channel_last):
+    """A quantizer of this project with the call of vector-quantize-pytorch's `VectorQuantize`.
+
+    `metrics` holds what the quantizer measured in the latest call."""
+    def __init__(self,
+        quantizer: nn.Module,      # any quantizer that keeps the contract
+        accept_image_fmap: bool,   # inputs are [B, D, H, W]
+        channel_last: bool,        # sequences are [B, N, D]; False: [B, D, N]
+    ):
         super().__init__()
-        require(hasattr(quantizer, "num_embeddings"), f"quantizer is of type {type(quantizer).__name__}: give a module that check_quantizer accepts")
-        self.quantizer, self.accept_image_fmap, self.channel_last, self.metrics = quantizer, accept_image_fmap, channel_last, {}
+        require(
+            hasattr(quantizer, "num_embeddings"),
+            f"quantizer is of type {type(quantizer).__name__}: give a module that check_quantizer accepts")
+        self.quantizer: Any = quantizer
+        self.accept_image_fmap = accept_image_fmap
+        self.channel_last = channel_last
+        self.metrics: dict[str, Tensor] = {}
 
     @property
-    def codebook(self) -> Tensor: return self.quantizer.codebook
-    @property
-    def codebook_size(self) -> int: return self.quantizer.num_embeddings
-    @property
-    def dim(self) -> int: return self.quantizer.embedding_dim
+    def codebook(self) -> Tensor:
+        return self.quantizer.codebook
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        "Quantized x, its indices, and the loss; mask [B, N] is true where a sequence counts."
-        require(mask is None or not self.accept_image_fmap, "a mask is for sequences: give none with accept_image_fmap")
-        rows, shape = (x, None) if self.accept_image_fmap else _rows(self, x)
-        out = self.quantizer(rows) if mask is None else _quantize_marked(self.quantizer, rows, mask.flatten())
-        self.metrics, index = out.metrics, out.metrics["code_indices"]
-        loss = sum(out.losses.values(), rows.new_zeros(())) if self.training else rows.new_zeros(())
-        if shape is None: return out.z_q.to(x.dtype), index, loss
-        return _back(self, out.z_q.view(*shape, self.dim)).to(x.dtype), index.view(shape), loss
+    @property
+    def codebook_size(self) -> int:
+        return self.quantizer.num_embeddings
+
+    @property
+    def dim(self) -> int:
+        return self.quantizer.embedding_dim
+
+    def forward(self,
+        x: Tensor,                   # [B, N, D], [B, D, N], [B, D] or [B, D, H, W]
+        mask: Tensor | None = None,  # [B, N], true where a sequence counts
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        "Quantized x, its indices, and the loss."
+        return vector_quantize(self, x, mask)
 
     def get_codes_from_indices(self, indices: Tensor) -> Tensor:
-        "The codes of indices of any shape, with their channels where the inputs have them; zeros for -1, as where a mask is false."
+        "Codes of indices of any shape, channels where the inputs have them; zeros for -1, as under a mask."
         e = self.quantizer.decode(indices.clamp_min(0).flatten()).view(*indices.shape, self.dim)
-        return _back(self, e * (indices >= 0)[..., None])
+        return codes_in_layout(self, e * (indices >= 0)[..., None])
 
-    def get_output_from_indices(self, indices: Tensor) -> Tensor: return self.get_codes_from_indices(indices)
+    def get_output_from_indices(self, indices: Tensor) -> Tensor:
+        return self.get_codes_from_indices(indices)
+
+# %% ../../nbs/2_quantizers/10_adapters.ipynb #8238b4a3
+def codes_in_layout(
+    adapter: VectorQuantizeAdapter,
+    e: Tensor,   # codes [..., D]
+) -> Tensor:
+    "Codes with their channels where the inputs have them."
+    last = adapter.channel_last and not adapter.accept_image_fmap
+    return e if last or e.dim() < 3 else e.movedim(-1, 1)
+
+# %% ../../nbs/2_quantizers/10_adapters.ipynb #3351235d
+def vector_quantize(
+    adapter: VectorQuantizeAdapter,
+    x: Tensor,            # in the adapter's layout
+    mask: Tensor | None,  # [B, N]
+) -> tuple[Tensor, Tensor, Tensor]:
+    "One call: quantized x, its indices, and the sum of the losses (0 in evaluation)."
+    require(
+        mask is None or not adapter.accept_image_fmap,
+        "a mask is for sequences: give none with accept_image_fmap")
+    if adapter.accept_image_fmap:
+        out = adapter.quantizer(x)
+        z_q, index = out.z_q, out.metrics["code_indices"]
+    else:
+        rows, shape = sequence_rows(x, adapter.dim, adapter.channel_last)
+        q = adapter.quantizer
+        out = q(rows) if mask is None else quantize_masked(q, rows, mask.flatten())
+        z_q = codes_in_layout(adapter, out.z_q.view(*shape, adapter.dim))
+        index = out.metrics["code_indices"].view(shape)
+    adapter.metrics = out.metrics
+    loss = x.new_zeros(())
+    if adapter.training:
+        loss = sum(out.losses.values(), loss)
+    return z_q.to(x.dtype), index, loss
 
 # %% ../../nbs/2_quantizers/10_adapters.ipynb #76aa4c7f
 def as_vector_quantize(
@@ -77,22 +195,59 @@ def as_vector_quantize(
     return VectorQuantizeAdapter(quantizer, accept_image_fmap, channel_last)
 
 # %% ../../nbs/2_quantizers/10_adapters.ipynb #7ba6cd5f
+def options_without_counterpart(
+    vq: Any,  # a VectorQuantize
+) -> list[str]:
+    "The options that a `VectorQuantize` uses and a `VQEMAQuantizer` does not have."
+    book = vq._codebook
+    used = dict(
+        heads=vq.heads > 1,
+        codebook_dim=vq.has_projections,
+        stochastic_sample_codes=book.gumbel_sample.keywords["stochastic"],
+        ema_update=not book.ema_update,
+        eps=book.eps != 1e-5,
+        affine_param=book.affine_param,
+        manual_ema_update=book.manual_ema_update,
+        vq_bridge=book.vq_bridge is not None,
+        route_gradients_to_input=not getattr(vq, "route_gradients_to_input", True))
+    own = (
+        "learnable_codebook", "freeze_codebook", "orthogonal_reg_weight", "codebook_diversity_loss_weight",
+        "commitment_use_cross_entropy_loss", "directional_reparam", "sync_update_v")
+    used |= {name: bool(getattr(vq, name, False)) for name in own}
+    return [name for name, yes in used.items() if yes]
+
+# %% ../../nbs/2_quantizers/10_adapters.ipynb #9c6fa277
+def revival_share(
+    book: Any,  # the codebook inside a VectorQuantize
+) -> float:     # for `restart_below`
+    "The part of a fair share that the library's threshold stands for; 0: never revived."
+    threshold = book.threshold_ema_dead_code
+    if threshold <= 0:
+        return 0.0
+    trained = book.initted and book.cluster_size.sum() > 0
+    return min(0.6, threshold / book.cluster_size.mean().item()) if trained else 0.6
+
+# %% ../../nbs/2_quantizers/10_adapters.ipynb #3f87e657
 def from_vector_quantize(
     vq: nn.Module,  # a VectorQuantize, trained or not
     **options,      # of VQEMAQuantizer, to change some
 ) -> VQEMAQuantizer:
-    "The `VQEMAQuantizer` with the codes, running means and settings of a `VectorQuantize`, or a `BavqError` that names what has no counterpart."
-    book = vq._codebook
-    more = dict(heads=vq.heads > 1, codebook_dim=vq.has_projections, stochastic_sample_codes=book.gumbel_sample.keywords["stochastic"],
-                ema_update=not book.ema_update, eps=book.eps != 1e-5, affine_param=book.affine_param, manual_ema_update=book.manual_ema_update, vq_bridge=book.vq_bridge is not None)
-    more["route_gradients_to_input"] = not getattr(vq, "route_gradients_to_input", True)
-    own = ("learnable_codebook", "freeze_codebook", "orthogonal_reg_weight", "codebook_diversity_loss_weight", "commitment_use_cross_entropy_loss", "directional_reparam", "sync_update_v")
-    more |= {k: bool(getattr(vq, k, False)) for k in own}
-    require(not any(more.values()), f"this VectorQuantize uses {', '.join(k for k, v in more.items() if v)}: only one plain EMA codebook can be carried over")
-    fair = book.cluster_size.mean().item() if book.initted and book.cluster_size.sum() > 0 else book.threshold_ema_dead_code / 0.6   # a threshold is a count there, a share here
-    settings = dict(commitment_cost=vq.commitment_weight, decay=book.decay, restart_below=min(0.6, book.threshold_ema_dead_code / fair) if book.threshold_ema_dead_code > 0 else 0.0,
-                    distance="cosine" if vq.use_cosine_sim else "euclidean", gradient="rotation" if vq.rotation_trick else "straight_through")
-    q = VQEMAQuantizer(vq.codebook_size, vq.dim, **settings | options).to(vq.codebook.device).train(vq.training)
+    """The `VQEMAQuantizer` with the codes, running means and settings of a `VectorQuantize`.
+
+    A `BavqError` names what has no counterpart."""
+    peer: Any = vq
+    book = peer._codebook
+    lost = options_without_counterpart(peer)
+    advice = "only one plain EMA codebook can be carried over"
+    require(not lost, f"this VectorQuantize uses {', '.join(lost)}: {advice}")
+    settings: dict[str, Any] = dict(
+        commitment_cost=peer.commitment_weight,
+        decay=book.decay,
+        restart_below=revival_share(book),
+        distance="cosine" if peer.use_cosine_sim else "euclidean",
+        gradient="rotation" if peer.rotation_trick else "straight_through")
+    q = VQEMAQuantizer(peer.codebook_size, peer.dim, **settings | options)
+    q.to(peer.codebook.device).train(peer.training)
     state = dict(codes=book.embed[0], counts=book.cluster_size[0], sums=book.embed_avg[0])
     q.load_state_dict({"initialised": book.initted} | {f"book.{k}": v for k, v in state.items()})
     return q

@@ -10,7 +10,8 @@ from typing import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from ..core.config import all_reduce, choose, require, typed, is_number
+from ..core.distributed import all_reduce
+from ..core.errors import choose, require, typed, is_number
 from ..theory.metrics import code_counts, compute_perplexity, compute_usage_rate
 from .base import (Quantized, Quantizer, from_rows, full_precision, init_uniform, latent_rows, quantize,
                             register_quantizer, row_chunks, squared_distances, straight_through)

@@ -4,20 +4,21 @@
 
 # %% ../../nbs/2_quantizers/01_base.ipynb #a23ee70e
 from __future__ import annotations
-import contextlib, copy
-from typing import Callable, NamedTuple
+import contextlib
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from ..core.config import BavqError, choose, from_first, gather_rows, require, typed
+from ..core.distributed import from_first, gather_rows
+from ..core.errors import BavqError, choose, require, typed
+from ..core.registry import Registry
 from ..theory.metrics import code_counts, compute_perplexity, compute_usage_rate
 
 # %% auto #0
-__all__ = ['DISTANCES', 'ESTIMATORS', 'INITIALIZERS', 'QUANTIZERS', 'RULES', 'squared_distances', 'row_chunks', 'row_argmax',
-           'nearest_code', 'unit', 'as_is', 'straight_through', 'rotate', 'init_uniform', 'init_data',
-           'init_kmeans_plus_plus', 'Quantized', 'to_rows', 'from_rows', 'check_finite', 'Quantizer', 'full_precision',
-           'latent_rows', 'encode', 'decode', 'check_indices', 'quantize', 'initialise', 'register_quantizer',
-           'VectorQuantizer', 'make_quantizer', 'check_quantizer', 'fit_codebook', 'show_quantizer']
+__all__ = ['QUANTIZERS', 'squared_distances', 'nearest_code', 'straight_through', 'rotate', 'Quantized', 'QuantizerLike',
+           'from_rows', 'Quantizer', 'latent_rows', 'usage_metrics', 'register_quantizer', 'VectorQuantizer',
+           'resolve_alias', 'make_quantizer']
 
 # %% ../../nbs/2_quantizers/01_base.ipynb #ede508d6
 def squared_distances(
@@ -25,20 +26,26 @@ def squared_distances(
     e: Tensor,  # codes [K, D]
 ) -> Tensor:        # [N, K], never negative
     "All squared Euclidean distances between latents and codes."
-    return torch.addmm(e.square().sum(1), x, e.T, alpha=-2).add_(x.square().sum(1, keepdim=True)).clamp_(min=0)
+    without_x = torch.addmm(e.square().sum(1), x, e.T, alpha=-2)
+    return without_x.add_(x.square().sum(1, keepdim=True)).clamp_(min=0)
 
 # %% ../../nbs/2_quantizers/01_base.ipynb #c65b479a
 _CHUNK = dict(cpu=2**18)  # elements of the latents-by-codes table held at a time: what a core's cache holds
 
-def row_chunks(x: Tensor, num_embeddings: int) -> tuple[Tensor, ...]:
-    "Rows x [N, D] in pieces whose table against K codes stays small."
-    return x.split(max(32, _CHUNK.get(x.device.type, 2**26) // num_embeddings))
+def row_chunks(
+    x: Tensor,            # [N, D]
+    num_embeddings: int,  # K
+) -> tuple[Tensor, ...]:
+    "Rows in pieces whose table against K codes stays small."
+    elements = _CHUNK.get(x.device.type, 2**26)
+    return x.split(max(32, elements // num_embeddings))
 
 # %% ../../nbs/2_quantizers/01_base.ipynb #df942926
 def row_argmax(s: Tensor) -> Tensor:
     "Where the largest entry of each row of s [N, K] is, [N] int64; of equal ones, the first."
     n, K = s.shape
-    if s.device.type != "cpu" or K % 64 or K < 256: return s.argmax(1)
+    if s.device.type != "cpu" or K % 64 or K < 256:
+        return s.argmax(1)
     blocks = s.view(n, K // 64, 64)
     best = blocks.amax(2).argmax(1)
     return 64 * best + blocks[torch.arange(n), best].argmax(1)
@@ -58,45 +65,80 @@ def unit(x: Tensor) -> Tensor:
     "Rows [N, D] scaled to length one."
     return F.normalize(x, dim=-1)
 
-def as_is(x: Tensor) -> Tensor: return x
+def as_is(x: Tensor) -> Tensor:
+    "Rows as they are."
+    return x
 
 DISTANCES = dict(euclidean=as_is, cosine=unit)
 
 # %% ../../nbs/2_quantizers/01_base.ipynb #5b2510c1
-def straight_through(z: Tensor, z_q: Tensor) -> Tensor:
-    "Codes z_q [N, D] forward, to the bit; backward the identity to latents z [N, D] (van den Oord et al. 2017)."
+def straight_through(
+    z: Tensor,    # latents [N, D]
+    z_q: Tensor,  # their codes [N, D]
+) -> Tensor:          # [N, D]
+    "The codes forward, to the bit; backward the identity to the latents (van den Oord et al. 2017)."
     return z_q.detach() + (z - z.detach())
 
+# %% ../../nbs/2_quantizers/01_base.ipynb #e3799e37
+def length_ratio(
+    z: Tensor,    # latents [N, D]
+    z_q: Tensor,  # their codes [N, D]
+) -> Tensor:          # [N, 1]
+    "λ = ‖z_q‖/‖z‖; 1 where a latent is zero, which has no direction."
+    length = z.norm(dim=1, keepdim=True)
+    return torch.where(length > 1e-6, z_q.norm(dim=1, keepdim=True) / length, 1.0)
+
 # %% ../../nbs/2_quantizers/01_base.ipynb #aa1631a2
-def rotate(z: Tensor, z_q: Tensor) -> Tensor:
-    "Codes z_q [N, D] forward, to the bit; backward the rotation that takes latents z [N, D] to them (Fifty et al. 2025)."
+def rotate(
+    z: Tensor,    # latents [N, D]
+    z_q: Tensor,  # their codes [N, D]
+) -> Tensor:          # [N, D]
+    "The codes forward, to the bit; backward the rotation that takes the latents to them (Fifty et al. 2025)."
     with torch.no_grad():
-        z_hat, q_hat = unit(z), unit(z_q); r = unit(z_hat + q_hat)
-        scale = torch.where((n := z.norm(dim=1, keepdim=True)) > 1e-6, z_q.norm(dim=1, keepdim=True) / n, 1.0)   # a latent of zero has no direction
-    inner = lambda a: (z * a).sum(1, keepdim=True)
-    turned = scale * (z - 2 * inner(r) * r + 2 * inner(z_hat) * q_hat)
+        z_hat = unit(z)
+        q_hat = unit(z_q)
+        r = unit(z_hat + q_hat)
+        scale = length_ratio(z, z_q)
+    along_r = (z * r).sum(1, keepdim=True)
+    along_z = (z * z_hat).sum(1, keepdim=True)
+    turned = scale * (z - 2 * along_r * r + 2 * along_z * q_hat)
     return z_q.detach() + (turned - turned.detach())
 
+# %% ../../nbs/2_quantizers/01_base.ipynb #b43c1596
 ESTIMATORS = dict(straight_through=straight_through, rotation=rotate)
 
 # %% ../../nbs/2_quantizers/01_base.ipynb #cb726e3c
-def init_uniform(x: Tensor, num_embeddings: int) -> Tensor:
-    "K codes [K, D] uniform in ±1/K, whatever the latents x [N, D] (van den Oord et al. 2017, released code)."
-    return torch.empty(num_embeddings, x.shape[1], dtype=x.dtype, device=x.device).uniform_(-1 / num_embeddings, 1 / num_embeddings)
+def init_uniform(
+    x: Tensor,            # latents [N, D], whatever they are
+    num_embeddings: int,  # K
+) -> Tensor:                  # codes [K, D]
+    "Codes uniform in ±1/K (van den Oord et al. 2017, released code)."
+    codes = x.new_empty(num_embeddings, x.shape[1])
+    return codes.uniform_(-1 / num_embeddings, 1 / num_embeddings)
 
-def init_data(x: Tensor, num_embeddings: int) -> Tensor:
-    "K of the latents x [N, D] at random, as codes [K, D]; where N < K, the rest are repeats with a little noise."
-    pick = torch.randperm(len(x)).repeat(-(-num_embeddings // len(x)))[:num_embeddings]
+def init_data(
+    x: Tensor,            # latents [N, D]
+    num_embeddings: int,  # K
+) -> Tensor:                  # codes [K, D]
+    "K of the latents at random; where N < K, the rest are repeats with a little noise."
+    rounds = -(-num_embeddings // len(x))
+    pick = torch.randperm(len(x)).repeat(rounds)[:num_embeddings]
     noise = 0.01 * x.std(0, unbiased=False) * torch.randn(num_embeddings, x.shape[1]).to(x)
-    return x[pick.to(x.device)] + noise * (torch.arange(num_embeddings, device=x.device) >= len(x))[:, None]
+    is_repeat = torch.arange(num_embeddings, device=x.device) >= len(x)
+    return x[pick.to(x.device)] + noise * is_repeat[:, None]
 
 # %% ../../nbs/2_quantizers/01_base.ipynb #8766bd79
-def init_kmeans_plus_plus(x: Tensor, num_embeddings: int) -> Tensor:
-    "K of the latents x [N, D] far from each other, as codes [K, D]: k-means++ on at most 10·K of them."
+def init_kmeans_plus_plus(
+    x: Tensor,            # latents [N, D]
+    num_embeddings: int,  # K
+) -> Tensor:                  # codes [K, D]
+    "K of the latents far from each other: k-means++ on at most 10·K of them."
     from sklearn.cluster import kmeans_plusplus
     x = x[torch.randperm(len(x))[:10 * num_embeddings].to(x.device)]
-    if len(x) <= num_embeddings: return init_data(x, num_embeddings)
-    _, pick = kmeans_plusplus(x.cpu().double().numpy(), num_embeddings, random_state=int(torch.randint(2**31, ())))
+    if len(x) <= num_embeddings:
+        return init_data(x, num_embeddings)
+    seed = int(torch.randint(2**31, ()))
+    _, pick = kmeans_plusplus(x.cpu().double().numpy(), num_embeddings, random_state=seed)
     return x[torch.as_tensor(pick, device=x.device)]
 
 INITIALIZERS = {"uniform": init_uniform, "data": init_data, "kmeans++": init_kmeans_plus_plus}
@@ -104,9 +146,27 @@ INITIALIZERS = {"uniform": init_uniform, "data": init_data, "kmeans++": init_kme
 # %% ../../nbs/2_quantizers/01_base.ipynb #22a62954
 class Quantized(NamedTuple):
     "What a quantizer returns."
-    z_q: Tensor                # codes, the shape of the input
-    losses: dict[str, Tensor]  # weighted scalars, to be added up
-    metrics: dict[str, Tensor] # detached: code_indices, perplexity, usage_rate, …
+    z_q: Tensor                 # codes, the shape of the input
+    losses: dict[str, Tensor]   # weighted scalars, to be added up
+    metrics: dict[str, Tensor]  # detached: code_indices, perplexity, usage_rate, …
+
+# %% ../../nbs/2_quantizers/01_base.ipynb #961b9768
+@runtime_checkable
+class QuantizerLike(Protocol):
+    "The type of every quantizer: a module with these members. `check_quantizer` tries what they do."
+    @property
+    def num_embeddings(self) -> int: ...        # K
+    @property
+    def embedding_dim(self) -> int: ...         # D
+    @property
+    def codebook(self) -> Tensor: ...           # [K, D]
+    def __call__(self, z: Tensor) -> Quantized: ...
+    def encode(self, z: Tensor) -> Tensor: ...
+    def decode(self, indices: Tensor) -> Tensor: ...
+    def anneal(self, progress: float) -> None: ...   # progress of the training, 0 to 1
+    def train(self, mode: bool = True) -> Any: ...
+    def eval(self) -> Any: ...
+    def state_dict(self) -> dict[str, Any]: ...
 
 # %% ../../nbs/2_quantizers/01_base.ipynb #986d5e3e
 def to_rows(
@@ -114,11 +174,13 @@ def to_rows(
     embedding_dim: int,  # D
 ) -> Tensor:                 # [N, D]
     "Latents as rows, or a `BavqError` that says what is wrong with them."
-    require(torch.is_tensor(z) and z.is_floating_point(), f"latents are {getattr(z, 'dtype', type(z).__name__)}: give a floating-point tensor")
-    require(z.dim() in (2, 4), f"latents have shape {tuple(z.shape)}: give [B, D, H, W] or [N, D]")
-    require(z.shape[1] == embedding_dim, f"latents have {z.shape[1]} channels, the codes {embedding_dim}: make the two equal")
-    require(z.numel() > 0, f"latents have shape {tuple(z.shape)}: give at least one")
-    return z if z.dim() == 2 else z.permute(0, 2, 3, 1).reshape(-1, embedding_dim)
+    kind = getattr(z, "dtype", type(z).__name__)
+    require(torch.is_tensor(z) and z.is_floating_point(), f"latents are {kind}: give a floating-point tensor")
+    shape, D = tuple(z.shape), embedding_dim
+    require(z.dim() in (2, 4), f"latents have shape {shape}: give [B, D, H, W] or [N, D]")
+    require(shape[1] == D, f"latents have {shape[1]} channels, the codes {D}: make the two equal")
+    require(z.numel() > 0, f"latents have shape {shape}: give at least one")
+    return z if z.dim() == 2 else z.permute(0, 2, 3, 1).reshape(-1, D)
 
 # %% ../../nbs/2_quantizers/01_base.ipynb #1e0396da
 def from_rows(
@@ -126,15 +188,69 @@ def from_rows(
     shape: tuple[int, ...],   # of the latents: [B, D, H, W] or [N, D]
 ) -> Tensor:                      # [B, …, H, W] or [N, …]
     "Rows back in the shape of the latents; rows of scalars become index grids."
-    return x if len(shape) == 2 else x.view(shape[0], *shape[2:], *x.shape[1:]).movedim((1, 2), (-2, -1)).contiguous()
+    if len(shape) == 2:
+        return x
+    grid = x.view(shape[0], *shape[2:], *x.shape[1:])
+    return grid.movedim((1, 2), (-2, -1)).contiguous()
 
+# %% ../../nbs/2_quantizers/01_base.ipynb #ee3d3707
 def check_finite(x: Tensor) -> None:
     "Raise a `BavqError` where a latent of x [N, D] is NaN or infinite. Waits for the device."
-    require(bool((torch.stack(x.detach().aminmax()).abs() < 1e15).all()), "latents hold NaN or infinite values, or some above 1e15, whose squares overflow: look at the learning rate, the loss and the images before this step")
+    extremes = torch.stack(x.detach().aminmax())
+    require(bool((extremes.abs() < 1e15).all()), "latents hold NaN or infinite values, or some above 1e15, "
+            "whose squares overflow: look at the learning rate, the loss and the images before this step")
 
 # %% ../../nbs/2_quantizers/01_base.ipynb #cccb7a36
-class Quantizer(nn.Module):
-    "Nearest code of K, one of two gradients, codes set from the first training batch. Subclasses say how codes are kept and learned."
+class LearningHooks(nn.Module):
+    "What a quantizer may change: where its codes are, and how they learn."
+    num_embeddings: int
+    embedding_dim: int
+    commitment_cost: float
+    codebook: Tensor  # the codes [K, D]; every subclass keeps them in its own way
+
+    def write_codes(self, codes: Tensor) -> None:
+        raise NotImplementedError(f"{type(self).__name__} needs `write_codes(codes)`")
+
+    def losses(self, x: Tensor, e: Tensor) -> dict[str, Tensor]:
+        "Weighted losses of latents x [N, D] and their codes e [N, D]: the commitment."
+        return dict(commitment_loss=self.commitment_cost * F.mse_loss(x, e.detach()))
+
+    def update(self, x: Tensor, index: Tensor) -> None:
+        "Learn from latents [N, D] and their indices [N]; nothing, where codes learn by gradient."
+
+    def anneal(self, progress: float) -> None:
+        "Say how far training is, 0 to 1; nothing, where there is nothing to anneal."
+
+    def report(self) -> dict[str, Tensor]:
+        "More metrics."
+        return {}
+
+# %% ../../nbs/2_quantizers/01_base.ipynb #5be7bf3a
+class QuantizerVerbs(LearningHooks):
+    "What all quantizers that search a codebook do alike."
+    initialised: Tensor               # have the codes been set?
+    prepare: Callable[[Tensor], Tensor]
+
+    def set_codes(self, codes: Tensor) -> None:
+        "Put all codes somewhere [K, D]; no batch sets them any more."
+        self.write_codes(self.prepare(codes))
+        self.initialised.fill_(True)
+        self._ready = True
+
+    def forward(self, z: Tensor) -> Quantized: return quantize(self, z)
+    def encode(self, z: Tensor) -> Tensor: return encode(self, z)
+    def decode(self, indices: Tensor) -> Tensor: return decode(self, indices)
+
+    def _load_from_state_dict(self, state_dict, prefix, *more):
+        super()._load_from_state_dict(state_dict, prefix, *more)
+        has_weights = any(k.startswith(prefix) for k in state_dict)
+        if has_weights and f"{prefix}initialised" not in state_dict:
+            self.initialised.fill_(True)
+        self._ready = bool(self.initialised)
+
+# %% ../../nbs/2_quantizers/01_base.ipynb #94e5cceb
+class Quantizer(QuantizerVerbs):
+    "Nearest code of K, one of two gradients, codes set from the first batch. Subclasses keep the codes."
     @typed
     def __init__(self,
         num_embeddings: int,                  # K, number of codes
@@ -145,251 +261,214 @@ class Quantizer(nn.Module):
         gradient: str = "straight_through",   # straight_through or rotation
     ):
         super().__init__()
-        require(num_embeddings >= 2, f"num_embeddings is {num_embeddings}: give at least 2 codes")
-        require(embedding_dim >= 1, f"embedding_dim is {embedding_dim}: give at least 1")
-        require(commitment_cost >= 0, f"commitment_cost is {commitment_cost}: give 0 or more")
-        self.num_embeddings, self.embedding_dim, self.commitment_cost = int(num_embeddings), int(embedding_dim), commitment_cost
-        self.init, self.distance, self.gradient = choose(init, INITIALIZERS, "init") and init, distance, gradient
-        self.prepare, self.estimate = choose(distance, DISTANCES, "distance"), choose(gradient, ESTIMATORS, "gradient")
+        check_sizes(num_embeddings, embedding_dim, commitment_cost)
+        self.num_embeddings = int(num_embeddings)
+        self.embedding_dim = int(embedding_dim)
+        self.commitment_cost = commitment_cost
+        self.init, self.distance, self.gradient = init, distance, gradient
+        self.first_codes = choose(init, INITIALIZERS, "init")
+        self.prepare = choose(distance, DISTANCES, "distance")
+        self.estimate = choose(gradient, ESTIMATORS, "gradient")
         self.register_buffer("initialised", torch.zeros((), dtype=torch.bool))
         self._ready = False
 
-    codebook: Tensor  # the codes [K, D]; every subclass keeps them in its own way
-    def write_codes(self, codes: Tensor) -> None: raise NotImplementedError(f"{type(self).__name__} needs `write_codes(codes)`")
-    def set_codes(self, codes: Tensor) -> None:
-        "Put all codes somewhere [K, D]; no batch sets them any more."
-        self.write_codes(self.prepare(codes)); self._ready = bool(self.initialised.fill_(True))
-    def losses(self, x: Tensor, e: Tensor) -> dict:
-        "Weighted losses of latents x [N, D] and their codes e [N, D]: the commitment."
-        return dict(commitment_loss=self.commitment_cost * F.mse_loss(x, e.detach()))
-    def update(self, x: Tensor, index: Tensor) -> None: "Learn from latents [N, D] and their indices [N]; nothing, where codes learn by gradient."
-    def anneal(self, progress: float) -> None: "Say how far training is, 0 to 1; nothing, where there is nothing to anneal."
-    def report(self) -> dict[str, Tensor]: return {}  # more metrics
-    def forward(self, z: Tensor) -> Quantized: return quantize(self, z)
-    def encode(self, z: Tensor) -> Tensor: return encode(self, z)
-    def decode(self, indices: Tensor) -> Tensor: return decode(self, indices)
-    def extra_repr(self): return f"K={self.num_embeddings}, D={self.embedding_dim}, distance={self.distance}, gradient={self.gradient}"
-    def _load_from_state_dict(self, state_dict, prefix, *more):
-        super()._load_from_state_dict(state_dict, prefix, *more)
-        if f"{prefix}initialised" not in state_dict and any(k.startswith(prefix) for k in state_dict): self.initialised.fill_(True)
-        self._ready = bool(self.initialised)
+    def extra_repr(self):
+        sizes = f"K={self.num_embeddings}, D={self.embedding_dim}"
+        return f"{sizes}, distance={self.distance}, gradient={self.gradient}"
+
+# %% ../../nbs/2_quantizers/01_base.ipynb #0ee3bea1
+def check_sizes(num_embeddings: int, embedding_dim: int, commitment_cost: float) -> None:
+    "Raise a `BavqError` that names the first of the three that cannot work."
+    require(num_embeddings >= 2, f"num_embeddings is {num_embeddings}: give at least 2 codes")
+    require(embedding_dim >= 1, f"embedding_dim is {embedding_dim}: give at least 1")
+    require(commitment_cost >= 0, f"commitment_cost is {commitment_cost}: give 0 or more")
 
 # %% ../../nbs/2_quantizers/01_base.ipynb #2a3eb862
-def full_precision(z: Tensor):
+def full_precision(z: Tensor) -> contextlib.AbstractContextManager:
     "A context without autocast, where the device of z has it."
     kind = z.device.type if torch.is_tensor(z) else "cpu"
-    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else contextlib.nullcontext()
+    if not torch.amp.is_autocast_available(kind):
+        return contextlib.nullcontext()
+    return torch.autocast(kind, enabled=False)
 
-def latent_rows(q: Quantizer, z: Tensor) -> Tensor:
-    "Latents z [B, D, H, W] or [N, D] as the quantizer measures them: rows [N, D], of length one where the distance is cosine."
+# %% ../../nbs/2_quantizers/01_base.ipynb #5563eb00
+def latent_rows(
+    q: QuantizerVerbs,  # a quantizer that searches a codebook
+    z: Tensor,          # latents [B, D, H, W] or [N, D]
+) -> Tensor:                # [N, D]
+    "Latents as the quantizer measures them: rows, of length one where the distance is cosine."
     x = to_rows(z, q.embedding_dim).to(q.codebook.dtype)
-    if x.device.type == "cpu": check_finite(x)
+    if x.device.type == "cpu":
+        check_finite(x)
     return q.prepare(x)
 
 # %% ../../nbs/2_quantizers/01_base.ipynb #6c1bd525
-def encode(q: Quantizer, z: Tensor) -> Tensor:
-    "Index of the nearest code, [B, H, W] or [N] int64, of latents z [B, D, H, W] or [N, D]."
+def encode(
+    q: QuantizerVerbs,  # a quantizer that searches a codebook
+    z: Tensor,          # latents [B, D, H, W] or [N, D]
+) -> Tensor:                # [B, H, W] or [N] int64
+    "Index of the nearest code of each latent."
     with torch.no_grad(), full_precision(z):
         x = latent_rows(q, z)
-        if x.device.type != "cpu": check_finite(x)
+        if x.device.type != "cpu":
+            check_finite(x)
         return from_rows(nearest_code(x, q.codebook), z.shape)
 
 # %% ../../nbs/2_quantizers/01_base.ipynb #37e1ca79
 def decode(
-    q: Quantizer,     # any quantizer with a codebook
-    indices: Tensor,  # [B, H, W] or [N], integers from 0 to K-1
-) -> Tensor:              # codes [B, D, H, W] or [N, D]
+    q: QuantizerLike,  # any quantizer with a codebook
+    indices: Tensor,   # [B, H, W] or [N], integers from 0 to K-1
+) -> Tensor:               # codes [B, D, H, W] or [N, D]
     "The codes that indices stand for."
     check_indices(indices, q.num_embeddings)
     e = F.embedding(indices.long(), q.codebook)
     return e if e.dim() == 2 else e.permute(0, 3, 1, 2).contiguous()
 
+# %% ../../nbs/2_quantizers/01_base.ipynb #ff9ebd6a
 def check_indices(indices: Tensor, num_embeddings: int) -> None:
     "Raise a `BavqError` unless indices are integers [B, H, W] or [N] from 0 to K-1. Waits for the device."
-    require(torch.is_tensor(indices) and not indices.is_floating_point() and indices.dtype != torch.bool, f"indices are {getattr(indices, 'dtype', type(indices).__name__)}: give a tensor of integers")
+    kind = getattr(indices, "dtype", type(indices).__name__)
+    whole = torch.is_tensor(indices) and not indices.is_floating_point() and indices.dtype != torch.bool
+    require(whole, f"indices are {kind}: give a tensor of integers")
     require(indices.dim() in (1, 3), f"indices have shape {tuple(indices.shape)}: give [B, H, W] or [N]")
-    low, high = (int(v) for v in indices.long().aminmax()) if indices.numel() else (0, 0)
-    require(0 <= low and high < num_embeddings, f"indices run from {low} to {high}: give 0 to {num_embeddings - 1}")
+    if not indices.numel():
+        return
+    low, high = (int(v) for v in indices.long().aminmax())
+    inside = 0 <= low and high < num_embeddings
+    require(inside, f"indices run from {low} to {high}: give 0 to {num_embeddings - 1}")
+
+# %% ../../nbs/2_quantizers/01_base.ipynb #b8238da3
+def usage_metrics(
+    index: Tensor,            # the code of each latent [N]
+    num_embeddings: int,      # K
+    shape: tuple[int, ...],   # of the latents: [B, D, H, W] or [N, D]
+) -> dict[str, Tensor]:
+    "The metrics that every quantizer returns: code_indices, perplexity and usage_rate of the batch."
+    counts = code_counts(index, num_embeddings)
+    return dict(code_indices=from_rows(index, shape), perplexity=compute_perplexity(counts),
+                usage_rate=compute_usage_rate(counts))
 
 # %% ../../nbs/2_quantizers/01_base.ipynb #20fc5bb2
 def quantize(
-    q: Quantizer,  # any quantizer that searches
-    z: Tensor,     # latents [B, D, H, W] or [N, D]
+    q: Any,     # any `Quantizer`
+    z: Tensor,  # latents [B, D, H, W] or [N, D]
 ) -> Quantized:
     "One forward pass: nearest codes, losses, estimator, measurements, and in training an update."
     with full_precision(z):
         x = latent_rows(q, z)
-        if q.training and not q._ready: initialise(q, x.detach())
+        if q.training and not q._ready:
+            initialise(q, x.detach())
         index = nearest_code(x, q.codebook)
         e = F.embedding(index, q.codebook)
-        losses, z_q = q.losses(x, e), q.estimate(x, e) if q.training else e.detach()
-        if q.training: q.update(x.detach(), index)
-        counts = code_counts(index, q.num_embeddings)
-        metrics = dict(code_indices=from_rows(index, z.shape), perplexity=compute_perplexity(counts),
-                       usage_rate=compute_usage_rate(counts), **q.report())
-        return Quantized(from_rows(z_q, z.shape), losses, metrics)
+        losses = q.losses(x, e)
+        z_q = e.detach()
+        if q.training:
+            z_q = q.estimate(x, e)
+            q.update(x.detach(), index)
+        metrics = usage_metrics(index, q.num_embeddings, z.shape)
+        return Quantized(from_rows(z_q, z.shape), losses, metrics | q.report())
 
 # %% ../../nbs/2_quantizers/01_base.ipynb #ba83e2d9
-@torch.compiler.disable   # scikit-learn's k-means++ cannot be traced
 @torch.no_grad()
-def initialise(q: Quantizer, x: Tensor) -> None:
-    "Set the codes from the first training latents x [N, D], the same ones on every process."
-    if q.initialised: q._ready = True; return   # set by another process, which sent its buffers
+def set_first_codes(
+    q: Any,     # any `Quantizer`
+    x: Tensor,  # the first training latents [N, D]
+) -> None:
+    "Set the codes from the latents of all processes, the same ones on every process."
+    if q.initialised:   # by another process, which sent its buffers
+        q._ready = True
+        return
     check_finite(x)
-    q.set_codes(from_first(INITIALIZERS[q.init](gather_rows(x), q.num_embeddings).contiguous()))
+    codes = q.first_codes(gather_rows(x), q.num_embeddings)
+    q.set_codes(from_first(codes.contiguous()))
+
+# %% ../../nbs/2_quantizers/01_base.ipynb #9446a6f2
+def initialise(
+    q: Any,     # any `Quantizer`
+    x: Tensor,  # the first training latents [N, D]
+) -> None:
+    "`set_first_codes`, also in a step that is being compiled."
+    if torch.compiler.is_compiling():
+        torch.compiler.disable(set_first_codes)(q, x)
+    else:
+        set_first_codes(q, x)
 
 # %% ../../nbs/2_quantizers/01_base.ipynb #bca37685
-QUANTIZERS: dict[str, Callable] = {}
+QUANTIZERS = Registry("quantizer", "bavq.quantizers")
 
-def register_quantizer(name: str):
-    "Class decorator: users, configurations and comparisons find the quantizer by this name."
-    def add(cls): QUANTIZERS[name] = cls; return cls
-    return add
+def register_quantizer(
+    name: str,  # that configurations, comparisons and the command line will use; refused where it is taken
+) -> Callable:
+    "Decorator of a class, or of a function that takes K and D: the quantizer is found by this name."
+    return QUANTIZERS.register(name)
 
 # %% ../../nbs/2_quantizers/01_base.ipynb #54944070
 @register_quantizer("vq")
 class VectorQuantizer(Quantizer):
     "Codes learned by gradient with codebook and commitment loss (van den Oord et al. 2017, eq. 3)."
-    def __init__(self, num_embeddings, embedding_dim, commitment_cost=0.25, init="kmeans++", distance="euclidean", gradient="straight_through"):
+    @typed
+    def __init__(self,
+        num_embeddings: int,                  # K, number of codes
+        embedding_dim: int,                   # D, dimension of a code
+        commitment_cost: float = 0.25,        # weight of the commitment loss
+        init: str = "kmeans++",               # where codes start: kmeans++, data, uniform
+        distance: str = "euclidean",          # euclidean or cosine
+        gradient: str = "straight_through",   # straight_through or rotation
+    ):
         super().__init__(num_embeddings, embedding_dim, commitment_cost, init, distance, gradient)
-        self.embedding = nn.Parameter(self.prepare(init_uniform(torch.empty(1, embedding_dim), num_embeddings)))
+        codes = init_uniform(torch.empty(1, embedding_dim), num_embeddings)
+        self.embedding = nn.Parameter(self.prepare(codes))
 
     @property
-    def codebook(self): return self.prepare(self.embedding)
+    def codebook(self) -> Tensor: return self.prepare(self.embedding)
     def write_codes(self, codes): self.embedding.data.copy_(codes)
-    def losses(self, x, e):
-        return dict(codebook_loss=F.mse_loss(e, x.detach()), **super().losses(x, e))
+    def losses(self, x, e): return dict(codebook_loss=F.mse_loss(e, x.detach()), **super().losses(x, e))
 
 # %% ../../nbs/2_quantizers/01_base.ipynb #72efd276
+def read_option(value: Any) -> Any:
+    "A text that is a number as a number, one of numbers with commas as a tuple; anything else as it is."
+    if not isinstance(value, str):
+        return value
+    try:
+        return tuple(float(part) for part in value.split(",")) if "," in value else float(value)
+    except ValueError:
+        return value
+
+# %% ../../nbs/2_quantizers/01_base.ipynb #2b4f0bb2
+QUICK = dict(restart_below=0.3, restart_at=0.3)
+ALIASES = {"vq_ema_quick": ("vq_ema", QUICK), "ba_vq_quick": ("ba_vq", QUICK),
+           "ba_vq_unrevived": ("ba_vq", dict(restart_below=0.0))}
+
+# %% ../../nbs/2_quantizers/01_base.ipynb #23cf4a49
+def resolve_alias(
+    name: str,                # of a quantizer, as a configuration or a record has it
+    options: dict[str, Any],  # its options
+) -> tuple[str, dict[str, Any]]:
+    "The name and the options of today for those of an old record; others as they are."
+    if name not in ALIASES:
+        return name, dict(options)
+    new_name, meant = ALIASES[name]
+    if "restart_at" in meant and "restart_below" in options:
+        meant = meant | dict(restart_at=options["restart_below"])
+    return new_name, meant | options
+
+# %% ../../nbs/2_quantizers/01_base.ipynb #05628eb4
 @typed
 def make_quantizer(
-    name: str,            # a registered name
+    name: str,            # a registered name, package.module:Class, or an entry point
     num_embeddings: int,  # K
     embedding_dim: int,   # D
-    **options,            # more arguments of its class; texts are read as numbers where they are numbers
-) -> nn.Module:
-    "The registered quantizer of that name."
-    cls = choose(name, QUANTIZERS, "quantizer")
-    try: return cls(num_embeddings, embedding_dim, **{k: _number(v) for k, v in options.items()})
+    **options: Any,       # more arguments of its class; texts are read as numbers where they are numbers
+) -> Any:                     # the quantizer, a module that is `QuantizerLike`
+    "The quantizer of that name; a name of an old record is read as what it means (`resolve_alias`)."
+    name, options = resolve_alias(name, options)
+    make = QUANTIZERS.find(name)
+    options = {k: read_option(v) for k, v in options.items()}
+    try:
+        return make(num_embeddings, embedding_dim, **options)
+    except BavqError:
+        raise
     except (TypeError, ValueError, AttributeError) as e:
-        if isinstance(e, BavqError): raise
-        raise BavqError(f"quantizer {name} does not take these options: {' '.join(str(e).split())[:200]}") from None
-
-def _number(v):
-    if not isinstance(v, str): return v
-    try: return tuple(float(p) for p in v.split(",")) if "," in v else float(v)
-    except ValueError: return v
-
-# %% ../../nbs/2_quantizers/01_base.ipynb #fd72dfdb
-def _rule_shapes(q, z):
-    "z_q has the shape of z; losses are scalars; metrics are detached"
-    for v in (z, to_rows(z, z.shape[1])):
-        z_q, losses, metrics = q.train()(v)
-        require(z_q.shape == v.shape, f"z_q has shape {tuple(z_q.shape)} for latents {tuple(v.shape)}: return the input's shape")
-        require(all(l.dim() == 0 for l in losses.values()), "a loss is not a scalar: reduce it")
-        require({"code_indices", "perplexity", "usage_rate"} <= set(metrics), f"metrics are {', '.join(metrics)}: add code_indices, perplexity and usage_rate")
-        require(not any(m.requires_grad for m in metrics.values()), "a metric carries a gradient: detach it")
-        require(metrics["code_indices"].shape == v.shape[:1] + v.shape[2:], "code_indices have another shape than the grid: return [B, H, W] or [N]")
-
-def _rule_gradient(q, z):
-    "a finite gradient reaches z"
-    z = z.clone().requires_grad_(True)
-    z_q, losses, _ = q.train()(z)
-    g, = torch.autograd.grad((z_q * z.detach().sin()).sum() + sum(losses.values()), z)
-    require(bool(g.isfinite().all() and g.abs().sum() > 0), "no finite gradient reaches z: estimate it, for instance with straight_through")
-
-# %% ../../nbs/2_quantizers/01_base.ipynb #5bca56e8
-def _rule_round_trip(q, z):
-    "in evaluation z_q is decode(encode(z)) to the bit"
-    for v in (z, to_rows(z, z.shape[1])):
-        require(torch.equal(q.eval()(v).z_q, q.decode(q.encode(v))), "in evaluation z_q differs from decode(encode(z)): let the decoder see the code itself")
-        require(torch.equal(q(v).metrics["code_indices"], q.encode(v)), "code_indices differ from encode(z): return the indices that z_q was made from")
-
-def _rule_batch_mates(q, z):
-    "in evaluation an index does not depend on its batch mates"
-    alone = torch.cat([q.eval().encode(v[None]) for v in z])
-    require(torch.equal(alone, q.encode(z)), "an index changes with the batch around it: use running statistics in evaluation")
-
-# %% ../../nbs/2_quantizers/01_base.ipynb #fa1373c3
-def _rule_eval_keeps_state(q, z):
-    "evaluation changes no state"
-    before = copy.deepcopy(q.eval().state_dict()); q(z)
-    changed = [k for k, v in q.state_dict().items() if not torch.equal(v, before[k])]
-    require(not changed, f"evaluation changes {', '.join(changed)}: update only when self.training")
-
-def _rule_state_dict(q, z):
-    "all state is in state_dict"
-    twin = copy.deepcopy(q); q.train()(2 * z + 1); twin.load_state_dict(q.state_dict())
-    same = torch.equal(twin.eval().encode(z), q.eval().encode(z))
-    for copied in (twin, q): torch.manual_seed(0); copied.train()(z - 1)
-    changed = [k for k, v in twin.state_dict().items() if not torch.equal(v, q.state_dict()[k])]
-    require(same and not changed, "a copy loaded from state_dict gives other indices or learns otherwise: keep all state in parameters and buffers")
-
-# %% ../../nbs/2_quantizers/01_base.ipynb #7de98d9c
-def _rule_precision(q, z):
-    "mixed precision changes no index"
-    with torch.autocast(z.device.type, dtype=torch.bfloat16): low = q.eval()(z)
-    require(torch.equal(low.z_q, q(z).z_q), "bfloat16 autocast changes the codes: compute in float32, with autocast disabled inside")
-
-def _rule_no_wait(q, z):
-    "the forward pass never waits for the device"
-    try: copy.deepcopy(q.train()).to("meta")(z.to("meta"))
-    except (RuntimeError, NotImplementedError) as e:
-        raise BavqError(f"the forward pass asks for a value on the host, or has no meta device ({str(e).splitlines()[0]}): keep it in tensors") from None
-
-def _rule_anneal(q, z):
-    "anneal takes any progress from 0 to 1"
-    for progress in (0.0, 0.5, 1.0): q.anneal(progress); q.train()(z)
-
-RULES = (_rule_shapes, _rule_gradient, _rule_round_trip, _rule_batch_mates, _rule_eval_keeps_state, _rule_state_dict, _rule_precision, _rule_no_wait, _rule_anneal)
-
-# %% ../../nbs/2_quantizers/01_base.ipynb #cda053ee
-def check_quantizer(
-    q: nn.Module,  # any quantizer; a copy of it is tried
-) -> list[str]:        # the rules, all of them kept
-    "Run the contract; a `BavqError` says which rule is broken and what to do."
-    missing = [n for n in ("encode", "decode", "codebook", "num_embeddings", "embedding_dim", "anneal") if n not in dir(q)]
-    require(not missing, f"{type(q).__name__} lacks {', '.join(missing)}: see the contract in 01_base")
-    q = copy.deepcopy(q)
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        torch.manual_seed(0)
-        z = torch.randn(4, q.embedding_dim, 6, 5, device=next(iter(q.state_dict().values()), torch.empty(0)).device)
-        for rule in RULES: rule(q, z)
-    return [rule.__doc__ for rule in RULES]
-
-# %% ../../nbs/2_quantizers/01_base.ipynb #109c7d30
-def fit_codebook(
-    q: nn.Module,            # trained in place
-    x: Tensor,               # latents [N, D]
-    steps: int = 200,        # batches to train on
-    batch_size: int = 512,   # latents per batch
-    lr: float = 0.03,        # of Adam, for codes that learn by gradient
-    seed: int = 0,           # order of the latents
-) -> nn.Module:                  # q, in evaluation mode
-    "Train a quantizer on frozen latents: same seed, same batches, whatever the quantizer."
-    order = torch.Generator().manual_seed(seed)
-    opt = torch.optim.Adam(q.parameters(), lr) if list(q.parameters()) else None
-    for step in range(steps):
-        q.anneal(step / steps)
-        batch = x[torch.randint(len(x), (batch_size,), generator=order).to(x.device)]
-        z_q, losses, _ = q.train()(batch)
-        if opt: opt.zero_grad(); (F.mse_loss(z_q, batch) + sum(losses.values())).backward(); opt.step()
-    return q.eval()
-
-# %% ../../nbs/2_quantizers/01_base.ipynb #7a3585fa
-def show_quantizer(
-    q: nn.Module,    # a quantizer of 2-D latents; a copy of it is trained
-    name: str = "",  # its registered name, for the colour
-):
-    "Cells, codes and usage of a quantizer trained on a mixture of sixteen Gaussians in the plane."
-    from bavq.theory.sources import mixture_source
-    from bavq.core.plots import figure, method_color, plot_codes, plot_usage
-    x = mixture_source(4096, 16, seed=0)
-    q, color = fit_codebook(copy.deepcopy(q), x), method_color(name) if name else None
-    index = q.encode(x)
-    counts, mse = code_counts(index, q.num_embeddings), (x - q.decode(index)).square().sum(1).mean()
-    fig, (left, right) = figure(1, 2, width=3.3, height=2.9)
-    plot_codes(x[:300], q.codebook.detach(), usage=counts, ax=left, color=color, title=f"squared error {mse:.3f}")
-    if not torch.equal(index, nearest_code(x, q.codebook)): left.collections[0].remove()  # the cells drawn are not its own
-    plot_usage(counts, ax=right, color=color)
-    right.set_title(f"{int((counts > 0).sum())} of {q.num_embeddings} codes used, perplexity {compute_perplexity(counts):.1f}", loc="left", fontsize="medium")
+        cause = " ".join(f"{type(e).__name__}: {e}".split())[:200]
+        raise BavqError(f"quantizer {name} does not take these options, or fails with them ({cause}): "
+                        "look at the arguments of its class") from e

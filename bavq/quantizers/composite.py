@@ -8,7 +8,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from ..core.config import require, typed, is_whole
+from ..core.errors import require, typed, is_whole
 from ..theory.metrics import compute_perplexity
 from .base import (Quantized, check_indices, from_rows, full_precision, make_quantizer,
                             register_quantizer, to_rows)

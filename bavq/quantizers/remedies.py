@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from .ba_vq import geometric
-from ..core.config import all_reduce, choose, from_first, parallel, require, typed
+from ..core.distributed import all_reduce, from_first, parallel
+from ..core.errors import choose, require, typed
 from ..theory.metrics import code_counts
 from .base import Quantized, Quantizer, VectorQuantizer, full_precision, latent_rows, register_quantizer, squared_distances
 from .vq_ema import EMACodebook, VQEMAQuantizer, hard_statistics, restart

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from .ba_vq import as_schedule
 from .composite import all_codes, code_sizes, join_indices, measure, prime_factors, split_indices, wide_rows
-from ..core.config import all_reduce, choose, is_number, require, typed
+from ..core.distributed import all_reduce
+from ..core.errors import choose, is_number, require, typed
 from .base import (Quantized, Quantizer, check_finite, check_indices, from_rows, full_precision, init_uniform, initialise,
                             latent_rows, quantize, register_quantizer, squared_distances, straight_through)
 

@@ -7,13 +7,14 @@ from __future__ import annotations
 import importlib
 import torch
 from torch import Tensor, nn
-from ..core.config import BavqError, all_reduce, from_first, require, row_place, typed
+from ..core.distributed import all_reduce, from_first, row_place
+from ..core.errors import BavqError, require, typed
 from ..theory.metrics import code_counts, compute_perplexity, compute_usage_rate
 from .base import Quantized, Quantizer, from_rows, full_precision, init_uniform, latent_rows, quantize, register_quantizer
 
 # %% auto #0
 __all__ = ['wide', 'WideBuffers', 'hard_statistics', 'smooth', 'SpecifiedVQEMAQuantizer', 'EMACodebook', 'sample_rows', 'restart',
-           'VQEMAQuantizer', 'QuickVQEMAQuantizer', 'peer_library', 'PeerQuantizer', 'peer_step']
+           'VQEMAQuantizer', 'QuickVQEMAQuantizer']
 
 # %% ../../nbs/2_quantizers/04_vq_ema.ipynb #3c3b3b13
 def wide(x: Tensor) -> Tensor:
@@ -166,47 +167,3 @@ class QuickVQEMAQuantizer(VQEMAQuantizer):
 
     @property
     def revive_at(self): return self.restart_below
-
-# %% ../../nbs/2_quantizers/04_vq_ema.ipynb #60fb98b7
-def peer_library():
-    "The module `vector_quantize_pytorch`, or a `BavqError` that says how to install it."
-    try: return importlib.import_module("vector_quantize_pytorch")
-    except ImportError as e: raise BavqError(f"vector-quantize-pytorch cannot be imported ({e}): pip install vector-quantize-pytorch") from None
-
-# %% ../../nbs/2_quantizers/04_vq_ema.ipynb #7d7525bc
-@register_quantizer("peer_vq")
-class PeerQuantizer(Quantizer):
-    "`VectorQuantize` of vector-quantize-pytorch under this contract; options by its names, defaults as in common use."
-    def __init__(self,
-        num_embeddings: int,                  # K, number of codes
-        embedding_dim: int,                   # D, dimension of a code
-        commitment_cost: float = 0.25,        # weight of the commitment loss, its commitment_weight
-        decay: float = 0.99,                  # γ of the running means
-        threshold_ema_dead_code: float = 2,   # revive codes whose running count is under this; 0: never
-        kmeans_init: bool = True,             # codes from k-means on the first batch; 0: at random
-        distance: str = "euclidean",          # euclidean or cosine
-        gradient: str = "rotation",           # straight_through or rotation
-    ):
-        super().__init__(num_embeddings, embedding_dim, commitment_cost, distance=distance, gradient=gradient)
-        require(kmeans_init in (0, 1), f"kmeans_init is {kmeans_init!r}: give 1 or 0")
-        self.vq = peer_library().VectorQuantize(
-            self.embedding_dim, self.num_embeddings, decay=decay, commitment_weight=commitment_cost, kmeans_init=bool(kmeans_init),
-            threshold_ema_dead_code=threshold_ema_dead_code, use_cosine_sim=distance == "cosine", rotation_trick=gradient == "rotation")
-
-    @property
-    def codebook(self): return self.vq.codebook
-    def forward(self, z): return peer_step(self, z) if self.training else quantize(self, z)
-
-# %% ../../nbs/2_quantizers/04_vq_ema.ipynb #0002d3b4
-def peer_step(
-    q: PeerQuantizer,  # in training
-    z: Tensor,         # latents [B, D, H, W] or [N, D]
-) -> Quantized:
-    "One training step of the library: its codes, loss, gradient and update; our measurements."
-    with full_precision(z):
-        x = latent_rows(q, z)
-        z_q, index, loss = (v.squeeze(0) for v in q.vq(x[None]))
-        q.initialised.fill_(True)
-        counts = code_counts(index, q.num_embeddings)
-        metrics = dict(code_indices=from_rows(index, z.shape), perplexity=compute_perplexity(counts), usage_rate=compute_usage_rate(counts))
-        return Quantized(from_rows(z_q, z.shape), dict(commitment_loss=loss), metrics)

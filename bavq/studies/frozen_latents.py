@@ -7,9 +7,11 @@ from __future__ import annotations
 import time
 import torch
 from torch import Tensor
-from ..core.config import require, set_seed
+from ..core.distributed import set_seed
+from ..core.errors import require
 from ..theory.metrics import code_counts, compute_entropy_bits, compute_perplexity, compute_usage_rate
-from ..quantizers.base import fit_codebook, make_quantizer, squared_distances
+from ..quantizers.base import make_quantizer, squared_distances
+from ..quantizers.contract import fit_codebook
 from ..theory.rate_distortion import rd_curve
 
 # %% auto #0

@@ -16,14 +16,15 @@ from scipy.optimize import brentq
 from scipy.stats import entropy
 from sklearn.cluster import KMeans, kmeans_plusplus
 from ..quantizers.ba_vq import BAQuantizer
-from ..core.config import atomic_write, choose, require, write_json
+from ..core.errors import choose, require
+from ..core.storage import atomic_write, write_json
 from ..theory.sources import gaussian_source
 from ..training.experiments import environment
 from ..training.sweeps import cores
 from ..quantizers.base import nearest_code, rotate, straight_through
 from ..theory.rate_distortion import gaussian_rd
 from ..theory.statistics import mean_interval, paired_difference
-from ..core.config import read_json
+from ..core.storage import read_json
 from ..quantizers.vq_ema import VQEMAQuantizer
 
 # %% auto #0

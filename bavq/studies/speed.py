@@ -8,22 +8,35 @@ import json
 import math
 import statistics
 from pathlib import Path
-from ..core.config import require
+from typing import TYPE_CHECKING
+from ..core.errors import require
 
 # %% auto #0
-__all__ = ['ARMS', 'load_bench', 'ratio', 'seconds_table', 'exponent_of', 'draw_steps']
+__all__ = ['TIMED', 'load_bench', 'ratio', 'seconds_table', 'exponent_of', 'draw_steps']
 
-# %% ../../nbs/6_studies/04_speed.ipynb #c605b264
-ARMS = dict(vq_ema="VQ-EMA", ba_vq="BA-VQ", peer_plain="peer: plain EMA", peer_strong="peer: revival and rotation", ba_vq_spec="dense sketch of BA-VQ")
+# %% ../../nbs/6_studies/04_speed.ipynb #3351bc7d
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
+# %% ../../nbs/6_studies/04_speed.ipynb #48e97022
+TIMED = dict(
+    vq_ema="VQ-EMA",
+    ba_vq="BA-VQ",
+    peer_plain="peer: plain EMA",
+    peer_strong="peer: revival and rotation",
+    ba_vq_spec="dense sketch of BA-VQ",
+)
+
+# %% ../../nbs/6_studies/04_speed.ipynb #cd33314e
 def load_bench(
-    folder="results/bench",  # where `make bench` writes
-) -> dict[str, dict]:            # name of the part: its record
+    folder: str | Path = "results/bench",  # where `make bench` writes
+) -> dict[str, dict]:                      # name of the part: its record
     "All records of a benchmark."
     files = sorted(Path(folder).glob("*.json"))
     require(files, f"{folder} holds no records: run `make bench`")
     return {f.stem: json.loads(f.read_text(encoding="utf-8")) for f in files}
 
+# %% ../../nbs/6_studies/04_speed.ipynb #7c247b88
 def ratio(
     taken: dict[str, list[float]],  # seconds of each arm in each round
     arm: str,                       # what is compared
@@ -32,37 +45,49 @@ def ratio(
     "How many times faster the arm is than the reference: the median over the rounds."
     return statistics.median(b / a for a, b in zip(taken[arm], taken[reference]))
 
-# %% ../../nbs/6_studies/04_speed.ipynb #07c78e5b
+# %% ../../nbs/6_studies/04_speed.ipynb #f79ddba0
 def seconds_table(
     seconds: dict[str, dict],  # K (or N, or D): seconds of each arm in each round
-) -> dict[str, dict]:              # the same, their median in milliseconds
-    "Medians in milliseconds."
-    return {size: {arm: round(1000 * statistics.median(t), 2) for arm, t in taken.items()} for size, taken in seconds.items()}
+) -> dict[str, dict]:          # the same, one number of milliseconds each
+    "The median of each arm's rounds."
+    def median(rounds): return round(1000 * statistics.median(rounds), 2)
+    return {size: {arm: median(rounds) for arm, rounds in taken.items()} for size, taken in seconds.items()}
 
+# %% ../../nbs/6_studies/04_speed.ipynb #97ff53ce
 def exponent_of(
     seconds: dict[str, dict],  # sizes, as texts: seconds of each arm in each round
-    arm: str,
+    arm: str,                  # of `TIMED`
 ) -> float:
     "The slope p of a line through log time against log size: time grows as size to the power p."
     from scipy.stats import linregress
-    points = [(math.log(float(size)), math.log(statistics.median(taken[arm]))) for size, taken in seconds.items() if arm in taken]
-    return float(linregress(*zip(*points)).slope)
+    measured = {size: taken[arm] for size, taken in seconds.items() if arm in taken}
+    log_size = [math.log(float(size)) for size in measured]
+    log_time = [math.log(statistics.median(rounds)) for rounds in measured.values()]
+    return float(linregress(log_size, log_time).slope)
 
-# %% ../../nbs/6_studies/04_speed.ipynb #fc4b80c6
+# %% ../../nbs/6_studies/04_speed.ipynb #cce04186
 def draw_steps(
-    folder="results/bench",  # where `make bench` writes
-):                               # a matplotlib figure
+    folder: str | Path = "results/bench",  # where `make bench` writes
+) -> Figure:
     "Time and extra memory of a training step against the number of codes."
-    from bavq.core.plots import figure, method_color
+    from bavq.core.plots import figure
     bench = load_bench(folder)
-    fig, axes = figure(1, 2, width=3.8, height=3.3)
-    values = seconds_table(bench["step"]["seconds"]), bench["memory"]["megabytes"]
-    styles = dict(vq_ema="o-", ba_vq="s-", peer_plain="h-.", peer_strong="h:", ba_vq_spec="^--")
-    for ax, rows, label in zip(axes, values, ("milliseconds a step", "extra memory of a step, MB")):
-        for arm, name in ARMS.items():
-            points = [(int(K), row[arm]) for K, row in rows.items() if row.get(arm)]
-            color = method_color("peer_vq" if arm.startswith("peer") else arm)
-            if points: ax.loglog(*zip(*points), styles[arm], color=color, label=name)
-        ax.set(xlabel="codes K", ylabel=label, xticks=[int(K) for K in rows], xticklabels=list(rows)); ax.minorticks_off()
-    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    fig, (left, right) = figure(1, 2, width=3.8, height=3.3)
+    draw_against_size(left, seconds_table(bench["step"]["seconds"]), "milliseconds a step")
+    draw_against_size(right, bench["memory"]["megabytes"], "extra memory of a step, MB")
+    fig.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return fig
+
+# %% ../../nbs/6_studies/04_speed.ipynb #8823931c
+_STYLES = dict(vq_ema="o-", ba_vq="s-", peer_plain="h-.", peer_strong="h:", ba_vq_spec="^--")
+
+def draw_against_size(ax, rows: dict[str, dict], label: str) -> None:
+    "A line for each arm through its values at each number of codes."
+    from bavq.core.plots import method_color
+    for arm, name in TIMED.items():
+        sizes = [K for K, row in rows.items() if row.get(arm)]
+        if not sizes: continue
+        color = method_color("peer_vq" if arm.startswith("peer") else arm)
+        ax.loglog([int(K) for K in sizes], [rows[K][arm] for K in sizes], _STYLES[arm], color=color, label=name)
+    ax.set(xlabel="codes K", ylabel=label, xticks=[int(K) for K in rows], xticklabels=list(rows))
+    ax.minorticks_off()

@@ -5,82 +5,123 @@
 # %% ../../nbs/6_studies/03_variants.ipynb #5720b72f
 from __future__ import annotations
 from dataclasses import replace
+from typing import Iterable, NamedTuple
 import torch
 from torch import Tensor
-from ..quantizers.ba_vq import BAQuantizer
-from ..core.config import RunConfig, require
-from ..training.experiments import ANSWER
-from ..quantizers.base import nearest_code, register_quantizer
+from ..core.config import RunConfig
+from ..core.errors import require
+from ..models.vqvae import VQVAE
+from ..quantizers.base import nearest_code
 from ..theory.rate_distortion import blahut_arimoto_codebook
+from ..training.experiments import ANSWER
 
 # %% auto #0
-__all__ = ['FAMILY', 'ABLATIONS', 'family_configs', 'UnrevivedBAQuantizer', 'ablation_configs', 'redundant_codes', 'deletion']
+__all__ = ['FAMILY', 'ABLATIONS', 'family_configs', 'Change', 'ablation_configs', 'redundant_codes', 'deletion']
 
-# %% ../../nbs/6_studies/03_variants.ipynb #9a37a855
+# %% ../../nbs/6_studies/03_variants.ipynb #8d7aaa60
 _BASE = {"decay": "0.95"}
 FAMILY = {   # name in tables: quantizer, options; all with 512 codes
-    "vq": ("vq", {}), "vq_ema": ("vq_ema", _BASE), "ba_vq": ("ba_vq", _BASE), "ba_vq_free": ("ba_vq", _BASE | {"marginal": "free"}),
-    "vq_ema_spec": ("vq_ema_spec", {}), "ba_vq_spec": ("ba_vq_spec", {}),
-    "vq_entropy": ("vq_entropy", {}), "vq_ema_warmup": ("vq_ema_warmup", _BASE), "vq_ema_growing": ("vq_ema_growing", _BASE),
-    "peer_vq": ("peer_vq", _BASE), "residual of vq_ema": ("residual", _BASE | {"base": "vq_ema", "levels": "2"}), "residual of ba_vq": ("residual", _BASE | {"base": "ba_vq", "levels": "2"}),
-    "product of vq_ema": ("product", _BASE | {"base": "vq_ema", "groups": "2"}), "gumbel": ("gumbel", {}), "fsq": ("fsq", {})}
+    "vq": ("vq", {}),
+    "vq_ema": ("vq_ema", _BASE),
+    "ba_vq": ("ba_vq", _BASE),
+    "ba_vq_free": ("ba_vq", _BASE | {"marginal": "free"}),
+    "vq_ema_spec": ("vq_ema_spec", {}),
+    "ba_vq_spec": ("ba_vq_spec", {}),
+    "vq_entropy": ("vq_entropy", {}),
+    "vq_ema_warmup": ("vq_ema_warmup", _BASE),
+    "vq_ema_growing": ("vq_ema_growing", _BASE),
+    "peer_vq": ("peer_vq", _BASE),
+    "residual of vq_ema": ("residual", _BASE | {"base": "vq_ema", "levels": "2"}),
+    "residual of ba_vq": ("residual", _BASE | {"base": "ba_vq", "levels": "2"}),
+    "product of vq_ema": ("product", _BASE | {"base": "vq_ema", "groups": "2"}),
+    "gumbel": ("gumbel", {}),
+    "fsq": ("fsq", {}),
+}
 
+# %% ../../nbs/6_studies/03_variants.ipynb #b66e116f
 def family_configs(
-    data: str = "fashion_mnist",   # a data set
-    seeds=range(3),                # paired
-) -> dict[tuple[str, int], RunConfig]:
+    data: str = "fashion_mnist",        # a data set
+    seeds: Iterable[int] = range(3),    # paired
+) -> dict[tuple[str, int], RunConfig]:  # (name in `FAMILY`, seed): the run
     "A run for each quantizer and seed: the network and budget of `01_compare`, K = 512, D = 64."
     base = replace(ANSWER, data=data, codebook_size=512, embedding_dim=64)
-    return {(name, s): replace(base, quantizer=q, options=o, seed=s) for s in seeds for name, (q, o) in FAMILY.items()}
+    return {(name, seed): replace(base, quantizer=quantizer, options=options, seed=seed)
+            for seed in seeds for name, (quantizer, options) in FAMILY.items()}
 
-# %% ../../nbs/6_studies/03_variants.ipynb #ec530295
-@register_quantizer("ba_vq_unrevived")
-class UnrevivedBAQuantizer(BAQuantizer):
-    "BA-VQ without the revival of codes that win nothing, to see what balance does alone."
-    revive_below = 0.0
+# %% ../../nbs/6_studies/03_variants.ipynb #86a28d69
+class Change(NamedTuple):
+    "What a variant changes of BA-VQ as the study runs it."
+    quantizer: str = "ba_vq"              # a registered name
+    options: dict[str, str] = {}          # its options, beside the decay of the study
+    fields: dict[str, int | float] = {}   # of the configuration
 
-ABLATIONS = {   # what is changed of BA-VQ: the quantizer, its options, and fields of the configuration
-    "BA-VQ": ("ba_vq", {}, {}),
-    "β = 3": ("ba_vq", {"beta": "3"}, {}), "β = 10": ("ba_vq", {"beta": "10"}, {}), "β = 100": ("ba_vq", {"beta": "100"}, {}),
-    "β from 1 to 30": ("ba_vq", {"beta": "1,30"}, {}), "a = 0 (uniform)": ("ba_vq", {"marginal": "uniform"}, {}), "a = 1 (free)": ("ba_vq", {"marginal": "free"}, {}),
-    "a = 0.5": ("ba_vq", {"marginal": "0.5"}, {}), "a = -1": ("ba_vq", {"marginal": "-1"}, {}), "a = -4": ("ba_vq", {"marginal": "-4"}, {}),
-    "no revival": ("ba_vq_unrevived", {}, {}), "a = 0, no revival": ("ba_vq_unrevived", {"marginal": "uniform"}, {}), "no warm-up": ("ba_vq", {}, {"warmup_steps": 0}), "decay 0.9": ("ba_vq", {"decay": "0.9"}, {}),
-    "decay 0.99": ("ba_vq", {"decay": "0.99"}, {}), "rotation": ("ba_vq", {"gradient": "rotation"}, {}), "cosine": ("ba_vq", {"distance": "cosine"}, {}),
-    "VQ-EMA": ("vq_ema", {}, {}), "VQ-EMA, no warm-up": ("vq_ema", {}, {"warmup_steps": 0}), "VQ-EMA, decay 0.99": ("vq_ema", {"decay": "0.99"}, {}),
-    "sketch": ("ba_vq_spec", {}, {}), "sketch, 1 iteration": ("ba_vq_spec", {"iterations": "1"}, {}), "sketch, 3 iterations": ("ba_vq_spec", {"iterations": "3"}, {}),
-    "sketch, entropy weight 0": ("ba_vq_spec", {"entropy_weight": "0"}, {}), "sketch, entropy weight 0.1": ("ba_vq_spec", {"entropy_weight": "0.1"}, {})}
+# %% ../../nbs/6_studies/03_variants.ipynb #71bb1b16
+_UNREVIVED = {"restart_below": "0"}
+ABLATIONS = {   # name in tables: what is changed
+    "BA-VQ": Change(),
+    "β = 3": Change(options={"beta": "3"}),
+    "β = 10": Change(options={"beta": "10"}),
+    "β = 100": Change(options={"beta": "100"}),
+    "β from 1 to 30": Change(options={"beta": "1,30"}),
+    "a = 0 (uniform)": Change(options={"marginal": "uniform"}),
+    "a = 1 (free)": Change(options={"marginal": "free"}),
+    "a = 0.5": Change(options={"marginal": "0.5"}),
+    "a = -1": Change(options={"marginal": "-1"}),
+    "a = -4": Change(options={"marginal": "-4"}),
+    "no revival": Change(options=_UNREVIVED),
+    "a = 0, no revival": Change(options=_UNREVIVED | {"marginal": "uniform"}),
+    "no warm-up": Change(fields={"warmup_steps": 0}),
+    "decay 0.9": Change(options={"decay": "0.9"}),
+    "decay 0.99": Change(options={"decay": "0.99"}),
+    "rotation": Change(options={"gradient": "rotation"}),
+    "cosine": Change(options={"distance": "cosine"}),
+    "VQ-EMA": Change("vq_ema"),
+    "VQ-EMA, no warm-up": Change("vq_ema", fields={"warmup_steps": 0}),
+    "VQ-EMA, decay 0.99": Change("vq_ema", {"decay": "0.99"}),
+    "sketch": Change("ba_vq_spec"),
+    "sketch, 1 iteration": Change("ba_vq_spec", {"iterations": "1"}),
+    "sketch, 3 iterations": Change("ba_vq_spec", {"iterations": "3"}),
+    "sketch, entropy weight 0": Change("ba_vq_spec", {"entropy_weight": "0"}),
+    "sketch, entropy weight 0.1": Change("ba_vq_spec", {"entropy_weight": "0.1"}),
+}
 
+# %% ../../nbs/6_studies/03_variants.ipynb #5031cc9b
 def ablation_configs(
-    data: str = "fashion_mnist",   # a data set
-    seeds=range(3),                # paired
-) -> dict[tuple[str, int], RunConfig]:
+    data: str = "fashion_mnist",        # a data set
+    seeds: Iterable[int] = range(3),    # paired
+) -> dict[tuple[str, int], RunConfig]:  # (name in `ABLATIONS`, seed): the run
     "A run for each variant and seed: the network and budget of `01_compare`, K = 512, D = 64."
     base = replace(ANSWER, data=data, codebook_size=512, embedding_dim=64)
-    made = lambda q, o, f, s: replace(base, quantizer=q, options=(o if q == "ba_vq_spec" else _BASE | o), seed=s, **f)
-    return {(name, s): made(*v, s) for s in seeds for name, v in ABLATIONS.items()}
+    def changed(change, seed):
+        options = change.options if change.quantizer == "ba_vq_spec" else _BASE | change.options
+        return replace(base, quantizer=change.quantizer, options=options, seed=seed, **change.fields)
+    return {(name, seed): changed(change, seed) for seed in seeds for name, change in ABLATIONS.items()}
 
-# %% ../../nbs/6_studies/03_variants.ipynb #effe3236
+# %% ../../nbs/6_studies/03_variants.ipynb #dd362366
 def redundant_codes(
-    x: Tensor,         # latents [N, D]
-    codes: Tensor,     # [K, D]
-    beta: float,       # nats per squared distance
-    slack: float = 0.01,  # below 1 by so much at the end of the iteration
-) -> Tensor:           # mask [K]
-    "Codes whose certificate is below 1 after Blahut–Arimoto at that price."
+    x: Tensor,            # latents [N, D]
+    codes: Tensor,        # [K, D]
+    beta: float,          # nats per squared distance
+    slack: float = 0.01,  # a certificate counts as below 1 from 1 - slack down, where the iteration ends
+) -> Tensor:              # mask [K]
+    "Codes whose certificate is below 1 after Blahut–Arimoto at that price (Blahut 1972, theorem 4)."
     return blahut_arimoto_codebook(x, codes, beta).certificates < 1 - slack
 
+# %% ../../nbs/6_studies/03_variants.ipynb #050793c7
 @torch.no_grad()
 def deletion(
-    model,          # a `bavq.models.vqvae.VQVAE`
-    images: Tensor, # [N, C, H, W] in [-1, 1]
-    keep: Tensor,   # mask of codes [K]
-) -> float:
-    "PSNR in dB when only the codes that are kept can be sent."
+    model: VQVAE,    # trained
+    images: Tensor,  # [N, C, H, W] in [-1, 1]
+    keep: Tensor,    # mask of codes [K]
+) -> float:          # dB
+    "PSNR when only the codes that are kept can be sent."
     from bavq.theory.metrics import ReconstructionMeter
     require(bool(keep.any()), "no code is kept: keep at least one")
-    meter, codes, index = ReconstructionMeter(), model.quantizer.codebook, keep.nonzero().flatten()
+    kept = keep.nonzero().flatten()
+    codes = model.quantizer.codebook[kept]
+    meter = ReconstructionMeter()
     for part in images.split(250):
         z = model.encode_latents(part)
-        near = index[nearest_code(z.movedim(1, -1).flatten(0, 2), codes[index])]
-        meter.update(part, model.decode_codes(near.view(len(z), *z.shape[2:])))
+        nearest = kept[nearest_code(z.movedim(1, -1).flatten(0, 2), codes)]
+        meter.update(part, model.decode_codes(nearest.view(len(z), *z.shape[2:])))
     return meter.compute()["psnr"]

@@ -5,11 +5,13 @@
 # %% ../../nbs/1_theory/03_metrics.ipynb #3875b751
 from __future__ import annotations
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from ..core.config import all_reduce, choose, parallel, require, typed
+from ..core.distributed import all_reduce, parallel
+from ..core.errors import choose, require, typed
 
 # %% auto #0
 __all__ = ['PSNR_CONVENTIONS', 'psnr_from_mse', 'to_unit', 'image_errors', 'compute_psnr', 'ReconstructionMeter', 'code_counts',
@@ -26,53 +28,79 @@ def psnr_from_mse(
 # %% ../../nbs/1_theory/03_metrics.ipynb #9bb6152d
 def to_unit(
     x: Tensor,  # images in [-1, 1]
-) -> Tensor:
+) -> Tensor:    # of the same shape
     "Images on [0, 1], clamped, in double precision (in single precision on MPS, which has no double)."
-    return ((_wide(x) + 1) / 2).clamp(0, 1)
+    return ((_double(x) + 1) / 2).clamp(0, 1)
 
-def _wide(x): return x.to(torch.float32 if x.device.type == "mps" else torch.float64)
+# %% ../../nbs/1_theory/03_metrics.ipynb #dd46a03a
+def _double(x: Tensor) -> Tensor:
+    return x.to(torch.float32 if x.device.type == "mps" else torch.float64)
 
 # %% ../../nbs/1_theory/03_metrics.ipynb #c944dceb
 def image_errors(
     x: Tensor,  # [B, C, H, W] originals in [-1, 1]; C is 1 or 3
     y: Tensor,  # [B, C, H, W] reconstructions, nominally in [-1, 1]
-) -> Tensor:
-    "Mean squared errors of each image, [B, 3]: clamped on [0, 1]; its luma; raw on [-1, 1]."
+) -> Tensor:    # [B, 3]
+    "Mean squared errors of each image: clamped on [0, 1]; its luma; raw on [-1, 1]."
     _check_images(x, y)
     u, v = to_unit(x), to_unit(y)
-    errors = (u - v, _luma(u) - _luma(v), _wide(x) - _wide(y))
+    errors = (u - v, _luma(u) - _luma(v), _double(x) - _double(y))
     return torch.stack([e.square().flatten(1).mean(1) for e in errors], 1)
 
-def _luma(u): return u if u.shape[1] == 1 else (u * u.new_tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True)
+# %% ../../nbs/1_theory/03_metrics.ipynb #a14d162a
+def _luma(u: Tensor) -> Tensor:
+    "Y of ITU-R BT.601, [B, 1, H, W]."
+    if u.shape[1] == 1:
+        return u
+    weights = u.new_tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
+    return (u * weights).sum(1, keepdim=True)
 
 # %% ../../nbs/1_theory/03_metrics.ipynb #74ac39db
-def _check_images(x, y):
-    require(x.shape == y.shape, f"x is {list(x.shape)} and y is {list(y.shape)}: give originals and reconstructions of one shape")
-    require(x.ndim == 4 and x.shape[1] in (1, 3), f"the images are {list(x.shape)}: give [B, C, H, W] with 1 or 3 channels")
+def _check_images(x: Tensor, y: Tensor) -> None:
+    shapes = f"x is {list(x.shape)} and y is {list(y.shape)}: give originals and reconstructions of one shape"
+    require(x.shape == y.shape, shapes)
+    is_batch = x.ndim == 4 and x.shape[1] in (1, 3)
+    require(is_batch, f"the images are {list(x.shape)}: give [B, C, H, W] with 1 or 3 channels")
     require(x.numel() > 0, "there are no images: give at least one")
-    require(x.is_floating_point() and y.is_floating_point(), f"the images are {x.dtype} and {y.dtype}: give floats in [-1, 1]")
+    are_floats = x.is_floating_point() and y.is_floating_point()
+    require(are_floats, f"the images are {x.dtype} and {y.dtype}: give floats in [-1, 1]")
 
 # %% ../../nbs/1_theory/03_metrics.ipynb #90044b52
-PSNR_CONVENTIONS = dict(
-    dataset=lambda e: psnr_from_mse(e[:, 0].mean()),      # the headline: one MSE over all images
-    per_image=lambda e: psnr_from_mse(e[:, 0]).mean(),    # the mean of each image's PSNR
-    luma=lambda e: psnr_from_mse(e[:, 1].mean()),         # one MSE of Y over all images
-    uncorrected=lambda e: psnr_from_mse(e[:, 2].mean()),  # peak 1 on [-1, 1], no clamping: for reading old results
+def _psnr_dataset(errors: Tensor) -> Tensor:
+    "The headline: one MSE over all images."
+    return psnr_from_mse(errors[:, 0].mean())
+
+def _psnr_per_image(errors: Tensor) -> Tensor:
+    "The mean of each image's PSNR."
+    return psnr_from_mse(errors[:, 0]).mean()
+
+def _psnr_luma(errors: Tensor) -> Tensor:
+    "One MSE of Y over all images."
+    return psnr_from_mse(errors[:, 1].mean())
+
+def _psnr_uncorrected(errors: Tensor) -> Tensor:
+    "Peak 1 on [-1, 1], no clamping: for reading old results."
+    return psnr_from_mse(errors[:, 2].mean())
+
+# %% ../../nbs/1_theory/03_metrics.ipynb #f81c99e2
+PSNR_CONVENTIONS: dict[str, Callable[[Tensor], Tensor]] = dict(
+    dataset=_psnr_dataset, per_image=_psnr_per_image, luma=_psnr_luma, uncorrected=_psnr_uncorrected
 )
 
 @typed
 def compute_psnr(
-    x: Tensor,                   # [B, C, H, W] originals in [-1, 1]
-    y: Tensor,                   # [B, C, H, W] reconstructions
-    convention: str = "dataset", # one of `PSNR_CONVENTIONS`
-) -> Tensor:
-    "PSNR in dB of all the images given, under a named convention."
+    x: Tensor,                    # [B, C, H, W] originals in [-1, 1]
+    y: Tensor,                    # [B, C, H, W] reconstructions
+    convention: str = "dataset",  # one of `PSNR_CONVENTIONS`
+) -> Tensor:                      # dB, a scalar
+    "PSNR of all the images given, under a named convention."
     return choose(convention, PSNR_CONVENTIONS, "PSNR convention")(image_errors(x, y))
 
 # %% ../../nbs/1_theory/03_metrics.ipynb #81b63071
 class ReconstructionMeter:
     "Distortion over a whole data set, batch by batch; no host synchronisation in `update`."
-    def __init__(self): self.sums = torch.zeros(6, dtype=torch.float64)
+    def __init__(self) -> None:
+        self.sums = torch.zeros(6, dtype=torch.float64)
 
     def update(
         self,
@@ -80,92 +108,120 @@ class ReconstructionMeter:
         y: Tensor,  # [B, C, H, W] reconstructions
     ) -> None:
         "Add a batch."
-        e, outside = image_errors(x.detach(), y.detach()), (~(x.detach().abs() <= 1.001)).sum()   # NaN too
-        n = torch.full_like(e[0, 0], len(x))
-        new = torch.stack([n, *e.sum(0), psnr_from_mse(e[:, 0]).sum(), outside.to(e)])
-        self.sums = self.sums.to(new) + new
+        self.sums = _added(self.sums, _reconstruction_sums(x.detach(), y.detach()))
 
     def merge(
         self,
         other: ReconstructionMeter,  # another meter, of another part of the data
-    ) -> ReconstructionMeter:
+    ) -> ReconstructionMeter:        # this one
         "Add what another meter has seen."
-        self.sums = self.sums + other.sums.to(self.sums)
+        self.sums = _added(self.sums, other.sums)
         return self
 
     def compute(self) -> dict[str, float]:
         "PSNR in every convention and the training loss's MSE, over all images and all processes."
-        n, mse, luma, raw, psnrs, outside = _over_processes(self.sums).tolist()
-        require(n > 0, "the meter is empty: update it with a batch first")
-        require(outside == 0, f"{outside:.0f} values of the originals are NaN or lie outside [-1, 1]: normalise the images first")
-        db = lambda s: psnr_from_mse(torch.tensor(s / n, dtype=torch.float64)).item()
-        return dict(psnr=db(mse), psnr_per_image=psnrs / n, psnr_luma=db(luma), psnr_uncorrected=db(raw), mse=raw / n, images=int(n))
+        return _reconstruction_measures(*_over_processes(self.sums).tolist())
 
 # %% ../../nbs/1_theory/03_metrics.ipynb #01379a10
-def _over_processes(sums):
+def _reconstruction_sums(x: Tensor, y: Tensor) -> Tensor:
+    "Of a batch: images, their three errors, their PSNRs, and values of x that are NaN or outside [-1, 1]; [6]."
+    errors = image_errors(x, y)
+    images = torch.full_like(errors[0, 0], len(x))
+    outside = (~(x.abs() <= 1.001)).sum()  # NaN too
+    return torch.stack([images, *errors.sum(0), psnr_from_mse(errors[:, 0]).sum(), outside.to(errors)])
+
+def _added(sums: Tensor, new: Tensor) -> Tensor:
+    "Their sum, where the new ones are, in the wider type."
+    return sums.to(new) + new
+
+def _over_processes(sums: Tensor) -> Tensor:
     "The sum over all processes; the meter's own sums stay as they are."
-    device = "cuda" if parallel() and dist.get_backend() == "nccl" else sums.device   # NCCL knows no other
-    return all_reduce(sums.clone().to(device))
+    nccl = parallel() and dist.get_backend() == "nccl"  # which knows no other device
+    return all_reduce(sums.clone().to("cuda" if nccl else sums.device))
+
+# %% ../../nbs/1_theory/03_metrics.ipynb #6ae98c9d
+def _reconstruction_measures(
+    images: float, mse: float, luma: float, raw: float, psnrs: float, outside: float
+) -> dict[str, float]:
+    "From the six sums to what is reported."
+    require(images > 0, "the meter is empty: update it with a batch first")
+    unnormalised = f"{outside:.0f} values of the originals are NaN or lie outside [-1, 1]: normalise the images first"
+    require(outside == 0, unnormalised)
+
+    def decibels(total):
+        return psnr_from_mse(torch.tensor(total / images, dtype=torch.float64)).item()
+
+    psnr = dict(psnr=decibels(mse), psnr_per_image=psnrs / images, psnr_luma=decibels(luma))
+    return psnr | dict(psnr_uncorrected=decibels(raw), mse=raw / images, images=int(images))
 
 # %% ../../nbs/1_theory/03_metrics.ipynb #49d7c82d
 def code_counts(
     indices: Tensor,      # integer indices of any shape
     num_embeddings: int,  # K, number of codes
-) -> Tensor:
-    "How often each code was used, [K] int64. Indices outside 0..K-1 are an error on the CPU, and not counted elsewhere, where looking would stop the device."
+) -> Tensor:              # [K] int64
+    """How often each code was used.
+
+    Indices outside 0..K-1 are an error on the CPU, and not counted elsewhere, where looking would stop the device."""
     _check_indices(indices, num_embeddings)
     counts = _binned(indices, num_embeddings)
-    if indices.device.type == "cpu" and not torch.compiler.is_compiling(): _check_range(counts[-1].item(), num_embeddings)
+    if indices.device.type == "cpu" and not torch.compiler.is_compiling():
+        _check_range(counts[-1].item(), num_embeddings)
     return counts[:-1]
 
-def _binned(indices, K):
+# %% ../../nbs/1_theory/03_metrics.ipynb #89a6434a
+def _binned(indices: Tensor, K: int) -> Tensor:
+    "Counts of the K codes, and last of all that is no code, [K + 1]."
     i = indices.detach().flatten().long()
     i = torch.where((i < 0) | (i >= K), K, i)
     return torch.zeros(K + 1, dtype=torch.long, device=i.device).scatter_add_(0, i, torch.ones_like(i))
 
 # %% ../../nbs/1_theory/03_metrics.ipynb #927918d7
-def _check_indices(indices, K):
+def _check_indices(indices: Tensor, K: int) -> None:
     require(K >= 1, f"num_embeddings is {K}: give at least 1")
     bad = indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool
     require(not bad, f"the indices are {indices.dtype}: give whole numbers, such as int64")
 
-def _check_range(outside, K):
-    require(outside == 0, f"{outside:.0f} indices lie outside 0..{K - 1}: give num_embeddings as large as the codebook")
+def _check_range(outside: float, K: int) -> None:
+    fix = "give num_embeddings as large as the codebook"
+    require(outside == 0, f"{outside:.0f} indices lie outside 0..{K - 1}: {fix}")
 
 # %% ../../nbs/1_theory/03_metrics.ipynb #474247da
 def compute_entropy(
     counts: Tensor,  # [..., K] counts or probabilities, not negative
-) -> Tensor:
-    "Entropy of the codes in nats, [...]; NaN where nothing was counted."
+) -> Tensor:         # [...] nats; NaN where nothing was counted
+    "Entropy of the codes in nats."
     _check_counts(counts)
-    counts = _wide(counts)
+    counts = _double(counts)
     return torch.special.entr(counts / counts.sum(-1, keepdim=True)).sum(-1)
-
-def _check_counts(counts): require(torch.is_tensor(counts) and counts.dim() >= 1 and counts.shape[-1] >= 1, "the counts are no tensor [..., K]: give one, such as that of code_counts")
 
 def compute_entropy_bits(
     counts: Tensor,  # [..., K] counts or probabilities
-) -> Tensor:
-    "Entropy of the codes in bits, [...]."
+) -> Tensor:         # [...] bits
+    "Entropy of the codes in bits."
     return compute_entropy(counts) / math.log(2)
 
 def compute_perplexity(
     counts: Tensor,  # [..., K] counts or probabilities
-) -> Tensor:
-    "The exponential of the entropy, [...]: the number of equally used codes that would have it."
+) -> Tensor:         # [...] codes
+    "The exponential of the entropy: the number of equally used codes that would have it."
     return compute_entropy(counts).exp()
+
+# %% ../../nbs/1_theory/03_metrics.ipynb #4f4074b9
+def _check_counts(counts: Tensor) -> None:
+    is_table = torch.is_tensor(counts) and counts.dim() >= 1 and counts.shape[-1] >= 1
+    require(is_table, "the counts are no tensor [..., K]: give one, such as that of code_counts")
 
 # %% ../../nbs/1_theory/03_metrics.ipynb #81be0fe5
 def compute_usage_rate(
     counts: Tensor,  # [..., K] counts
-) -> Tensor:
-    "Share of the codes used at least once, [...], between 0 and 1."
+) -> Tensor:         # [...] from 0 to 1
+    "Share of the codes used at least once."
     _check_counts(counts)
     return (counts > 0).to(torch.float32).mean(-1)
 
 def dead_codes(
     counts: Tensor,  # [K] counts
-) -> Tensor:
+) -> Tensor:         # [n] int64
     "Indices of the codes never used."
     _check_counts(counts)
     return (counts == 0).nonzero().flatten()
@@ -177,10 +233,10 @@ class CodeMeter:
         self,
         num_embeddings: int,  # K, number of codes
         pixels: int = 0,      # pixels of an image, H·W before the encoder; 0: no bits per pixel
-    ):
+    ) -> None:
         require(num_embeddings >= 1, f"num_embeddings is {num_embeddings}: give at least 1")
         self.num_embeddings, self.pixels = num_embeddings, pixels
-        self.sums = torch.zeros(num_embeddings + 2, dtype=torch.long)
+        self.sums = torch.zeros(num_embeddings + 2, dtype=torch.long)  # of each code, of none, of images
 
     def update(
         self,
@@ -189,37 +245,54 @@ class CodeMeter:
         "Add a batch."
         _check_indices(indices, self.num_embeddings)
         counts = _binned(indices, self.num_embeddings)
-        self.sums = self.sums.to(counts.device) + torch.cat([counts, torch.full_like(counts[:1], len(indices))])
+        images = torch.full_like(counts[:1], len(indices))
+        self.sums = _added(self.sums, torch.cat([counts, images]))
 
     def merge(
         self,
         other: CodeMeter,  # another meter, of another part of the data
-    ) -> CodeMeter:
+    ) -> CodeMeter:        # this one
         "Add what another meter has seen."
-        require(self.num_embeddings == other.num_embeddings, f"the meters count {self.num_embeddings} and {other.num_embeddings} codes: merge meters of one codebook")
-        self.sums = self.sums + other.sums.to(self.sums)
+        sizes = f"the meters count {self.num_embeddings} and {other.num_embeddings} codes"
+        require(self.num_embeddings == other.num_embeddings, f"{sizes}: merge meters of one codebook")
+        self.sums = _added(self.sums, other.sums)
         return self
 
     def compute(self) -> dict[str, float]:
         "Perplexity, usage, dead codes, and bits an image, over all images and all processes."
-        sums, K = _over_processes(self.sums).cpu(), self.num_embeddings
-        counts, outside, images = sums[:K], sums[K].item(), sums[K + 1].item()
-        _check_range(outside, K)
-        require(counts.sum() > 0, "the meter is empty: update it with a batch first")
-        bits, codes = compute_entropy_bits(counts).item(), counts.sum().item() / images
-        result = dict(perplexity=2**bits, usage_rate=(counts > 0).double().mean().item(), dead_codes=len(dead_codes(counts)),
-                      code_entropy_bits=bits, bits_fixed=codes * math.log2(K), bits_entropy=codes * bits)
-        if self.pixels: result |= dict(bpp_fixed=result["bits_fixed"] / self.pixels, bpp_entropy=result["bits_entropy"] / self.pixels)
-        return result
+        sums = _over_processes(self.sums).cpu()
+        return _code_measures(sums[:-2], sums[-2].item(), sums[-1].item(), self.pixels)
+
+# %% ../../nbs/1_theory/03_metrics.ipynb #8c793a42
+def _code_measures(counts: Tensor, outside: float, images: float, pixels: int) -> dict[str, float]:
+    "Measures of the counts [K] of so many images, where no index was outside."
+    K = len(counts)
+    _check_range(outside, K)
+    require(bool(counts.sum() > 0), "the meter is empty: update it with a batch first")
+    bits = compute_entropy_bits(counts).item()
+    codes_per_image = counts.sum().item() / images
+    usage = dict(
+        perplexity=2**bits,
+        usage_rate=(counts > 0).double().mean().item(),
+        dead_codes=len(dead_codes(counts)),
+    )
+    rate = dict(bits_fixed=codes_per_image * math.log2(K), bits_entropy=codes_per_image * bits)
+    if pixels:
+        rate |= {name.replace("bits", "bpp"): value / pixels for name, value in rate.items()}
+    return usage | dict(code_entropy_bits=bits) | rate
 
 # %% ../../nbs/1_theory/03_metrics.ipynb #cab79705
 def effective_rank(
     codebook: Tensor,  # [K, D] codes
-) -> Tensor:
-    "Dimensions that the codes spread over, between 1 and D: the exponential of the entropy of the normalised eigenvalues of their covariance (after Roy and Vetterli, 2007). NaN if all codes are equal."
-    require(codebook.ndim == 2 and len(codebook) > 1, f"the codebook is {list(codebook.shape)}: give [K, D] with K at least 2")
-    c = _wide(codebook.detach())
-    require(c.isfinite().all(), "the codebook holds NaN or infinity: look for the step at which it diverged")
+) -> Tensor:           # a scalar from 1 to D; NaN if all codes are equal
+    """Dimensions that the codes spread over (after Roy and Vetterli, 2007).
+
+    The exponential of the entropy of the normalised eigenvalues of the codes' covariance."""
+    is_table = codebook.ndim == 2 and len(codebook) > 1
+    require(is_table, f"the codebook is {list(codebook.shape)}: give [K, D] with K at least 2")
+    c = _double(codebook.detach())
+    finite = bool(c.isfinite().all())
+    require(finite, "the codebook holds NaN or infinity: look for the step at which it diverged")
     return compute_perplexity(torch.linalg.svdvals(c - c.mean(0)).square())
 
 # %% ../../nbs/1_theory/03_metrics.ipynb #ece17b42
@@ -231,19 +304,31 @@ class LossMeter:
     weight: float = 0       # of all of them
     good: Tensor | int = 0  # steps before the first that was not finite
 
-    def update(self, losses: dict[str, Tensor], weight: float = 1, norm: Tensor | None = None) -> None:
-        "Add scalars, `loss` among them, weighted; and the norm of the gradient, where it counts."
-        for k, v in losses.items(): self.total[k] = self.total.get(k, 0) + weight * v.detach().to(torch.promote_types(v.dtype, torch.float32))
-        finite = losses["loss"].detach().isfinite() & (norm is None or norm.isfinite())
+    def update(
+        self,
+        losses: dict[str, Tensor],    # scalars, `loss` among them
+        weight: float = 1,            # of this step, such as its number of images
+        norm: Tensor | None = None,   # of the gradient, where it counts
+    ) -> None:
+        "Add a step."
+        for name, value in losses.items():
+            v = value.detach().to(torch.promote_types(value.dtype, torch.float32))
+            self.total[name] = self.total.get(name, 0) + weight * v
+        finite = losses["loss"].detach().isfinite()
+        if norm is not None:
+            finite = finite & norm.isfinite()
         self.good = self.good + (finite & (self.good == self.steps))
-        self.steps, self.weight = self.steps + 1, self.weight + weight
+        self.steps += 1
+        self.weight += weight
 
     def check(self) -> None:
         "Raise a `BavqError` unless all were finite. Waits for the device."
-        require(self.good == self.steps, "the loss or its gradient is not finite: give a smaller lr, or look at these images")
+        fix = "give a smaller lr, or look at these images"
+        require(bool(self.good == self.steps), f"the loss or its gradient is not finite: {fix}")
 
     def compute(self) -> dict[str, float]:
         "Totals over their weight, of all processes together."
-        require(self.total, "the meter is empty: update it with a step first")
-        sums = all_reduce(torch.stack([torch.full_like(self.total["loss"], self.weight), *self.total.values()]))
+        require(bool(self.total), "the meter is empty: update it with a step first")
+        weight = torch.full_like(self.total["loss"], self.weight)
+        sums = all_reduce(torch.stack([weight, *self.total.values()]))
         return dict(zip(self.total, (sums[1:] / sums[0]).tolist()))

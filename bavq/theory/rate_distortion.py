@@ -8,7 +8,7 @@ import math
 from typing import Callable, Iterable, NamedTuple
 import torch
 from torch import Tensor
-from ..core.config import require, typed, as_numbers
+from ..core.errors import require, typed, as_numbers
 
 # %% auto #0
 __all__ = ['ba_step', 'distance_blocks', 'ba_sums', 'BAResult', 'ba_solve', 'blahut_arimoto', 'blahut_arimoto_codebook',

@@ -4,49 +4,111 @@
 
 # %% ../../nbs/1_theory/05_statistics.ipynb #0e49ce43
 from __future__ import annotations
-from dataclasses import fields
+import math
+from collections.abc import Sequence
+from typing import Any, Union
 import numpy as np
 import pandas as pd
 from scipy import optimize, stats
-from ..core.config import RunConfig, require
+from ..core.errors import require
+from ..core.plots import MethodStyle, figure, house_style, method_label, method_style
 
 # %% auto #0
-__all__ = ['METRICS', 'mean_interval', 'paired_difference', 'permutation_p', 'bootstrap_interval', 'minimum_detectable_effect',
-           'holm', 'groups', 'summarise', 'tables']
+__all__ = ['mean_interval', 'paired_difference', 'plot_paired', 'permutation_p', 'bootstrap_interval',
+           'minimum_detectable_effect', 'holm']
+
+# %% ../../nbs/1_theory/05_statistics.ipynb #94417e8d
+Numbers = Union[Sequence[float], np.ndarray, pd.Series]
 
 # %% ../../nbs/1_theory/05_statistics.ipynb #76142713
 def mean_interval(
-    values,  # [n] numbers, one a seed
+    values: Numbers,           # [n], one a seed
+    confidence: float = 0.95,  # how often such an interval covers the true mean
 ) -> tuple[float, float]:
-    "Mean and half-width of its 95 % t-interval; NaN for one value."
+    "Mean and half-width of its t-interval (Student 1908); the half-width of one value is NaN."
     x = np.asarray(values, float)
-    half = stats.t.ppf(0.975, len(x) - 1) * stats.sem(x) if len(x) > 1 else np.nan
-    return x.mean(), half
+    if len(x) < 2:
+        return float(x.mean()), math.nan
+    half = stats.t.ppf((1 + confidence) / 2, len(x) - 1) * stats.sem(x)
+    return float(x.mean()), float(half)
 
 # %% ../../nbs/1_theory/05_statistics.ipynb #2cc8f3fc
 def paired_difference(
-    a,  # values of a method: a Series, its index the seeds
-    b,  # values of the baseline, likewise
+    a: pd.Series,  # values of a method, indexed by seed
+    b: pd.Series,  # values of the baseline, indexed by seed
 ) -> dict[str, float]:
-    "Mean of a-b over the seeds that both have, its 95 % t-interval, and the p of no difference."
-    seeds = a.index.intersection(b.index)
-    d = (a[seeds] - b[seeds]).dropna(); seeds = d.index
-    if len(d) < 2 or np.ptp(d) <= 1e-12 * d.abs().max(): return dict(diff=d.mean(), low=np.nan, high=np.nan, p=np.nan)
-    test = stats.ttest_rel(a[seeds], b[seeds])
+    "Mean `diff` of a-b over the seeds that both have, `low` and `high` of its 95 % t-interval, `p` of no difference."
+    shared = a.index.intersection(b.index)
+    d = (a[shared] - b[shared]).dropna()
+    if len(d) < 2 or np.ptp(d) <= 1e-12 * d.abs().max():
+        return dict(diff=d.mean(), low=math.nan, high=math.nan, p=math.nan)
+    test = stats.ttest_rel(a[d.index], b[d.index])
     low, high = test.confidence_interval(0.95)
     return dict(diff=d.mean(), low=low, high=high, p=test.pvalue)
 
+# %% ../../nbs/1_theory/05_statistics.ipynb #2705a6c0
+def _values_by_seed(values: dict[str, Any]) -> np.ndarray:
+    "A row for each method, a column for each seed that any of them has; NaN where a run is missing."
+    rows = [dict(v) if isinstance(v, dict) else dict(enumerate(v)) for v in values.values()]
+    seeds = sorted({seed for row in rows for seed in row})
+    return np.array([[row.get(seed, np.nan) for seed in seeds] for row in rows], float)
+
+def _draw_dots(ax, x: float, y: np.ndarray, style: MethodStyle, confidence: float) -> None:
+    "A method's dots at x, and beside them their mean with its interval."
+    mean, half = mean_interval(y, confidence)
+    ax.plot(np.full(len(y), x), y, linestyle="", marker=style.marker or "o", color=style.color, zorder=2)
+    bar = dict(color=style.color, marker="_", markersize=11, capsize=3, linewidth=1.8, markeredgewidth=1.8)
+    ax.errorbar(x + 0.17, mean, half, **bar)
+
+# %% ../../nbs/1_theory/05_statistics.ipynb #8fd1215f
+def plot_paired(
+    values: dict[str, Any],        # {method: {seed: value}}, or {method: values in the order of the seeds}
+    ax: Any = None,                # matplotlib axes to draw on; None: a new figure
+    ylabel: str = "",              # what the values are, with their unit
+    reference: str | None = None,  # draw each value less this method's at the same seed
+    confidence: float = 0.95,      # of the t-interval of the mean
+) -> Any:                          # the axes
+    "Draw a dot per method and seed, joined by seed, with mean and t-interval beside them."
+    known = reference is None or reference in values
+    require(known, f"there are no values of {reference!r}: choose one of {', '.join(values)}")
+    names, y = list(values), _values_by_seed(values)
+    with house_style():
+        if ax is None:
+            ax = figure(width=1 + 1.1 * len(values))[1]
+        if reference is not None:
+            i = names.index(reference)
+            y = np.delete(y - y[i], i, 0)
+            names.remove(reference)
+            ylabel = f"{ylabel},\nless that of {method_label(reference)}"
+            ax.axhline(0, color="#808080", linewidth=1, linestyle=(0, (4, 3)), zorder=0)
+        _draw_columns(ax, names, y, confidence)
+        ax.set(xlim=(-0.4, len(names) - 0.4), ylabel=ylabel)
+    return ax
+
+# %% ../../nbs/1_theory/05_statistics.ipynb #6d645a9b
+def _draw_columns(ax, names: list[str], y: np.ndarray, confidence: float) -> None:
+    "A column for each method, [M, S] values with NaN where a run is missing."
+    if len(names) > 1:
+        ax.plot(y, color="#B8B8B8", linewidth=0.8, zorder=1)
+    for i, name in enumerate(names):
+        _draw_dots(ax, i, y[i][~np.isnan(y[i])], method_style(name), confidence)
+    ax.set_xticks(range(len(names)), [method_label(name).replace(" ", "\n") for name in names])
+    ax.grid(False, axis="x")
+
 # %% ../../nbs/1_theory/05_statistics.ipynb #1ab86f81
 def permutation_p(
-    d,  # paired differences [n]
+    d: Numbers,  # paired differences [n]
 ) -> float:
-    "p of the sign-flip permutation test of mean 0, to either side; exact up to 13 pairs."
+    "p of the sign-flip permutation test of mean 0, to either side (Fisher 1935); exact up to 13 pairs."
     d = np.asarray(d, float)
-    if np.isnan(d).any(): return float("nan")
-    return float(stats.permutation_test((d,), np.mean, permutation_type="samples", n_resamples=2**13, rng=0).pvalue)
+    if np.isnan(d).any():
+        return math.nan
+    options: dict[str, Any] = dict(permutation_type="samples", n_resamples=2**13, rng=0)
+    return float(stats.permutation_test((d,), np.mean, **options).pvalue)
 
+# %% ../../nbs/1_theory/05_statistics.ipynb #90ca6081
 def bootstrap_interval(
-    d,  # paired differences [n], n at least 2
+    d: Numbers,  # paired differences [n], n at least 2
 ) -> tuple[float, float]:
     "95 % interval of their mean by the bias-corrected and accelerated bootstrap, 9,999 resamples from a fixed seed."
     found = stats.bootstrap((np.asarray(d, float),), np.mean, rng=0).confidence_interval
@@ -58,74 +120,28 @@ def minimum_detectable_effect(
     std: float = 1.0,     # standard deviation of a single difference
     alpha: float = 0.05,  # rate of false alarms, to either side
     power: float = 0.8,   # how often it should be found
-) -> float:
+) -> float:               # in the unit of `std`
     "The smallest true mean difference that a paired t-test of n pairs finds with that power."
     require(n >= 2, f"n is {n}: give at least 2 pairs")
     limit = stats.t.ppf(1 - alpha / 2, n - 1)
-    found = lambda effect: stats.nct.sf(limit, n - 1, effect * n**0.5) - power   # on the right side; by chance on the wrong one: next to never
+
+    def power_beyond(effect):  # on the right side; on the wrong one it is next to never found
+        return stats.nct.sf(limit, n - 1, effect * n**0.5) - power
+
     high = 1.0
-    while found(high) < 0: high *= 2
-    return std * float(optimize.brentq(found, 0, high))
+    while power_beyond(high) < 0:
+        high *= 2
+    return std * float(optimize.brentq(power_beyond, 0, high))
 
 # %% ../../nbs/1_theory/05_statistics.ipynb #3ee7f8c4
 def holm(
-    p,  # p-values of a family [m]; NaN where a case has none
-) -> np.ndarray:  # [m]
+    p: Numbers,      # p-values of a family [m]; NaN where a case has none
+) -> np.ndarray:     # [m]
     "p-values corrected for the size of their family (Holm 1979)."
     p = np.asarray(p, float)
-    corrected, known = np.full(p.shape, np.nan), np.flatnonzero(~np.isnan(p))
+    known = np.flatnonzero(~np.isnan(p))
     order = known[np.argsort(p[known])]
-    corrected[order] = np.minimum(1, np.maximum.accumulate(p[order] * np.arange(len(order), 0, -1)))
+    questions_left = np.arange(len(order), 0, -1)
+    corrected = np.full(p.shape, np.nan)
+    corrected[order] = np.minimum(1, np.maximum.accumulate(p[order] * questions_left))
     return corrected
-
-# %% ../../nbs/1_theory/05_statistics.ipynb #b83a07d4
-METRICS = ("psnr", "perplexity", "usage_rate", "dead_codes")
-
-def groups(
-    df,  # a row for each run
-) -> list[str]:
-    "The columns within which methods are compared: data, K, distance, and every other field of the configuration that varies."
-    fixed, own = ["data", "codebook_size", "distance"], {"quantizer", "options", "seed", "name", "data_root", "workers", "checkpoint_every", "wandb"}
-    return fixed + [f.name for f in fields(RunConfig) if f.name in df and f.name not in own | {*fixed} and df[f.name].nunique() > 1]
-
-# %% ../../nbs/1_theory/05_statistics.ipynb #f79b7770
-def summarise(
-    df,                        # a row for each run
-    baseline: str = "vq_ema",  # the method that the others are compared with
-) -> pd.DataFrame:
-    "Data × K × method: n, mean and half-width of the 95 % interval, paired difference to the baseline with interval and p."
-    rows, by = [], groups(df)
-    for key, group in df.groupby(by, dropna=False):
-        runs = {method: _one_a_seed(method, g.set_index("seed")) for method, g in group.groupby("method")}
-        rows += [dict(zip(by, key)) | _summary(method, g, None if method == baseline else runs.get(baseline)) for method, g in runs.items()]
-    return pd.DataFrame(rows).sort_values([*by, "psnr"], ascending=[True] * len(by) + [False], ignore_index=True)
-
-def _one_a_seed(method, runs):
-    require(runs.index.is_unique, f"{method} was run twice with one seed ({', '.join(runs['run'])}): leave one of them out")
-    return runs
-
-def _summary(method, runs, baseline):
-    pairs = 0 if baseline is None else len(runs.index.intersection(baseline.index))
-    row = dict(method=method, n=len(runs), pairs=pairs)
-    for m in METRICS:
-        row[m], row[f"{m}_half"] = mean_interval(runs[m])
-        if pairs: row |= {f"{m}_{k}": v for k, v in paired_difference(runs[m], baseline[m]).items()} | {f"{m}_base": baseline[m][baseline.index.isin(runs.index)].mean()}
-    return row
-
-# %% ../../nbs/1_theory/05_statistics.ipynb #bdc2df8e
-_NAMES = dict(psnr="PSNR [dB]", perplexity="perplexity", usage_rate="usage", dead_codes="dead codes")
-_DIGITS = dict(psnr=2, perplexity=1, usage_rate=3, dead_codes=1)
-
-def _number(v, m, sign=""): return "–" if v != v else f"{v:{sign}.{_DIGITS[m]}f}"
-def _p(p): return "–" if p != p else f"{p:.2g}"
-
-def tables(
-    summary: pd.DataFrame,  # of `summarise`
-) -> tuple[pd.DataFrame, pd.DataFrame]:
-    "Two tables of text: means with intervals, and differences to the baseline with intervals and p."
-    by = list(summary.columns[:list(summary.columns).index("method") + 1])
-    mean = lambda r, m: _number(r[m], m) + (f" ± {_number(r[f'{m}_half'], m)}" if r[f"{m}_half"] == r[f"{m}_half"] else "")
-    diff = lambda r, m: f"{_number(r[f'{m}_diff'], m, '+')} [{_number(r[f'{m}_low'], m, '+')}, {_number(r[f'{m}_high'], m, '+')}] p={_p(r[f'{m}_p'])}"
-    means = summary[[*by, "n"]].assign(**{_NAMES[m]: [mean(r, m) for _, r in summary.iterrows()] for m in METRICS})
-    paired = summary[summary["pairs"] > 0]
-    return means, paired[[*by, "pairs"]].assign(**{_NAMES[m]: [diff(r, m) for _, r in paired.iterrows()] for m in METRICS[:3] if len(paired)})

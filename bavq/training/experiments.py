@@ -26,12 +26,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
-from ..core.config import (
-    BavqError, DiskError, RunConfig, atomic_write, check_config, check_folder, config_from_dict, config_id,
-    get_rng_state, only_writer, read_history, read_json, read_weights, require, run_name, set_rng_state,
-    write_json, write_weights)
+from ..core.config import RunConfig, check_config, config_from_dict, config_id, run_name
+from ..core.distributed import get_rng_state, set_rng_state
+from ..core.errors import BavqError, DiskError, require
+from ..core.storage import (atomic_write, check_folder, only_writer, read_history, read_json,
+    read_weights, write_json, write_weights)
 from ..quantizers.base import QUANTIZERS
-from .loop import Training, fit, on_step, prepare, train_epoch
+from .checkpoints import Training
+from .loop import fit, on_step, prepare, train_epoch
 if TYPE_CHECKING:
     import pandas as pd
 

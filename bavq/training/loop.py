@@ -4,43 +4,60 @@
 
 # %% ../../nbs/4_training/03_loop.ipynb #d09d003c
 from __future__ import annotations
-import contextlib, importlib.util, math, signal, time, warnings
-from dataclasses import asdict, dataclass, field
+import importlib.util
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 import torch
 from torch import Tensor, nn
-from ..core.config import (BavqError, Interrupted, RunConfig, all_reduce, atomic_write, check_config, config_from_dict, get_rng_state,
-                       check_folder, checkpoints, from_first, newest_checkpoint, only_writer, parallel, read_history, read_json, read_weights, require, require_same,
-                       run_name, set_rng_state, set_seed, stop_signals, write_history, write_json, write_weights)
-from ..theory.sources import Batches, epoch_order, get_dataloaders
+from ..core.config import RunConfig, check_config, run_name
+from ..core.distributed import parallel
+from ..core.errors import BavqError, require
+from ..core.storage import (Interrupted, check_folder, read_json, stop_signals, write_history,
+    write_json, write_weights)
+from .data import get_dataloaders
 from ..theory.metrics import CodeMeter, LossMeter, ReconstructionMeter, effective_rank
-from ..models.vqvae import VQVAE, build_model
+from ..models.vqvae import VQVAE, VQVAEOutput, build_model
+from bavq.training.checkpoints import (Training, locate_error, restore, save_between_steps, save_checkpoint,
+    save_is_due)
 
 # %% auto #0
-__all__ = ['SAVE_EVERY', 'LOOK_EVERY', 'AGREE_EVERY', 'train_epoch', 'loss_terms', 'step_schedule', 'cooled_rate', 'validate',
-           'epoch_line', 'make_accelerator', 'Training', 'wrap', 'prepare', 'save_checkpoint', 'restore', 'put_back',
-           'fit', 'on_step', 'one_epoch', 'rest_of_epoch', 'wishes', 'leave_checkpoint', 'stopped', 'end_epoch',
-           'start_log', 'train', 'load_model']
+__all__ = ['loss_terms', 'train_epoch', 'step_schedule', 'cooled_rate', 'validate', 'make_accelerator', 'prepare', 'fit']
+
+# %% ../../nbs/4_training/03_loop.ipynb #8285dbe4
+def loss_terms(
+    output: VQVAEOutput | Tensor,  # of a model: its losses, or its loss alone
+) -> dict[str, Tensor]:            # scalars, with their gradient
+    "The total loss of a model's output, and its weighted parts, by name."
+    if isinstance(output, Tensor):
+        return dict(loss=output)
+    return dict(loss=output.loss, recon_loss=output.recon_loss, **output.losses)
 
 # %% ../../nbs/4_training/03_loop.ipynb #9b45f64b
 def train_epoch(
-    model: nn.Module,       # a VQVAE, or what accelerate made of it
-    loader,                 # batches of (images [B,C,H,W] in [-1,1], labels [B])
-    optimizer,              # of the model's parameters
-    on_step=None,           # called with the number of the step, before it
-    clip_grad: float = 1.0, # largest norm of the gradient; 0: no clipping
-    accelerator=None,       # does backward and clipping, where there is one
-    bar=iter,               # wraps the loader, to show progress
-    meter: LossMeter | None = None,  # of the steps that are done, which the loader leaves out
+    model: nn.Module,         # a VQVAE, or what accelerate made of it
+    loader: Iterable,         # batches of (images [B,C,H,W] in [-1,1], labels [B])
+    optimizer: Any,           # of the model's parameters
+    on_step: Callable[[int], Any] | None = None,  # called with the number of the step, before it
+    clip_grad: float = 1.0,   # largest norm of the gradient; 0: no clipping
+    accelerator: Any = None,  # does backward and clipping, where there is one
+    bar: Callable = iter,     # wraps the loader, to show progress
+    meter: LossMeter | None = None,        # of the steps that are done, which the loader leaves out
+    loss_terms: Callable = loss_terms,     # losses by name, `loss` among them, of what the model returns
 ) -> dict[str, float]:
     "One pass over the training images; every loss averaged over it. One look at the device, at the end."
     backward = accelerator.backward if accelerator else Tensor.backward
     clip = accelerator.clip_grad_norm_ if accelerator else nn.utils.clip_grad_norm_
-    scaled = getattr(accelerator, "scaler", None)   # half precision: leaves out a step whose gradient overflows
+    scaled = getattr(accelerator, "scaler", None)   # leaves out a step whose gradient overflows
     meter = meter or LossMeter()
     model.train()
     for step, (x, _) in enumerate(bar(loader), meter.steps):
-        if on_step: on_step(step)
+        if on_step:
+            on_step(step)
         losses = loss_terms(model(x))
         optimizer.zero_grad()
         backward(losses["loss"])
@@ -49,21 +66,17 @@ def train_epoch(
         meter.update(losses, norm=None if scaled else norm)
     return meter.compute()
 
-# %% ../../nbs/4_training/03_loop.ipynb #8285dbe4
-def loss_terms(output) -> dict[str, Tensor]:
-    "The total loss of a `VQVAEOutput` and its weighted parts, by name: scalars, with their gradient."
-    return dict(loss=output.loss, recon_loss=output.recon_loss, **output.losses)
-
 # %% ../../nbs/4_training/03_loop.ipynb #5bc40952
 def step_schedule(
     model: VQVAE,           # whose quantizer is annealed
     steps: int,             # of the whole training
     warmup_steps: int = 0,  # of them without a bottleneck
-):
-    "A function of the step: opens or closes the bottleneck, and anneals the quantizer from its first step to its last."
-    def on_step(step):
+) -> Callable[[int], None]:
+    "A function of the step: opens or closes the bottleneck, and anneals the quantizer."
+    annealed = max(1, steps - 1 - warmup_steps)
+    def on_step(step: int) -> None:
         model.bottleneck = step >= warmup_steps
-        model.anneal(max(0, step - warmup_steps) / max(1, steps - 1 - warmup_steps))
+        model.anneal(max(0, step - warmup_steps) / annealed)
     return on_step
 
 # %% ../../nbs/4_training/03_loop.ipynb #1dfcc86d
@@ -76,286 +89,323 @@ def cooled_rate(
     "The learning rate of a step: lr, and from the start of the cooldown along a line to 0."
     return lr * min(1.0, (steps - step) / max(1.0, cooldown * steps))
 
+# %% ../../nbs/4_training/03_loop.ipynb #acaf4284
+def code_meters(
+    model: VQVAE,  # or a VQVAE2
+) -> dict[str, CodeMeter]:
+    "A count of codes for each codebook, by the ending of its metrics' names."
+    meters = {"": CodeMeter(int(model.quantizer.num_embeddings))}
+    top = getattr(model, "quantizer_top", None)
+    if top is not None:
+        meters["_top"] = CodeMeter(top.num_embeddings)
+    return meters
+
+def codebook_metrics(
+    model: VQVAE,                  # or a VQVAE2
+    meters: dict[str, CodeMeter],  # of `code_meters`, filled
+) -> dict[str, float]:
+    "Usage of each codebook, and the effective rank of the bottom one."
+    metrics = {}
+    for ending, meter in meters.items():
+        metrics |= {f"{name}{ending}": v for name, v in meter.compute().items()}
+    quantizer: Any = model.quantizer
+    if quantizer.num_embeddings * quantizer.embedding_dim <= 2**22:   # else too many to list
+        metrics["codebook_rank"] = effective_rank(quantizer.codebook).item()
+    return metrics
+
 # %% ../../nbs/4_training/03_loop.ipynb #237df12d
 @torch.no_grad()
 def validate(
-    model: VQVAE,  # the model itself, not what accelerate made of it
-    loader,        # batches of (images [B,C,H,W] in [-1,1], labels [B]): the whole test set
+    model: VQVAE,      # the model itself, not what accelerate made of it
+    loader: Iterable,  # batches of (images [B,C,H,W] in [-1,1], labels [B]): the whole test set
 ) -> dict[str, float]:
     "Losses, PSNR in all conventions, and usage of the codes over a whole data set (over all processes)."
-    was_training, losses = model.training, LossMeter()
-    levels = {"": model.quantizer} | ({"_top": model.quantizer_top} if hasattr(model, "quantizer_top") else {})
-    images, codes, beta = ReconstructionMeter(), {k: CodeMeter(q.num_embeddings) for k, q in levels.items()}, None
+    was_training = model.training
+    losses = LossMeter()
+    images = ReconstructionMeter()
+    codes = code_meters(model)
+    beta = None
     model.eval()
     for x, _ in loader:
-        if len(x) == 0: continue   # more processes than images in the last batch
+        if len(x) == 0:   # more processes than images in the last batch
+            continue
         out = model(x)
         losses.update(loss_terms(out), len(x))
         images.update(x, out.x_recon)
-        for k, meter in codes.items() if model.bottleneck else (): meter.update(out.metrics[f"code_indices{k}"])
+        if model.bottleneck:
+            for ending, meter in codes.items():
+                meter.update(out.metrics[f"code_indices{ending}"])
         beta = out.metrics.get("beta")
     model.train(was_training)
     result = losses.compute() | {k: v for k, v in images.compute().items() if k.startswith("psnr")}
-    if model.bottleneck: result |= {f"{name}{k}": v for k, meter in codes.items() for name, v in meter.compute().items()}
-    listed = model.quantizer.num_embeddings * model.quantizer.embedding_dim <= 2**22   # a product's codes may be too many to list
-    if model.bottleneck and listed: result["codebook_rank"] = effective_rank(model.quantizer.codebook).item()
-    return result if beta is None else result | dict(beta=beta.item())
+    if model.bottleneck:
+        result |= codebook_metrics(model, codes)
+    if beta is not None:
+        result["beta"] = beta.item()
+    return result
 
 # %% ../../nbs/4_training/03_loop.ipynb #dbe20109
-def epoch_line(entry: dict, epochs: int) -> str:
-    "What is printed after an epoch: an entry of the history, and how many there will be."
-    value = lambda key, form: format(entry[key], form) if key in entry else "–"
-    return (f"Epoch {entry['epoch']}/{epochs} | Train Loss {value('train_loss', '.4f')} | Val Loss {value('loss', '.4f')} | PSNR {value('psnr', '.2f')} dB"
-            f" | Perplexity {value('perplexity', '.1f')} | Usage {value('usage_rate', '.1%')}")
+def epoch_line(
+    entry: dict,  # of the history
+    epochs: int,  # how many there will be
+) -> str:
+    "What is printed after an epoch."
+    def value(key, form):
+        return format(entry[key], form) if key in entry else "–"
+
+    return " | ".join([
+        f"Epoch {entry['epoch']}/{epochs}",
+        f"Train Loss {value('train_loss', '.4f')}",
+        f"Val Loss {value('loss', '.4f')}",
+        f"PSNR {value('psnr', '.2f')} dB",
+        f"Perplexity {value('perplexity', '.1f')}",
+        f"Usage {value('usage_rate', '.1%')}",
+    ])
 
 # %% ../../nbs/4_training/03_loop.ipynb #df119b5f
-def make_accelerator(config: RunConfig):
-    "The `accelerate.Accelerator` of a run, or a `BavqError` that says what this machine cannot do."
+def make_accelerator(
+    config: RunConfig,  # its precision, and whether it logs
+) -> Any:               # an `accelerate.Accelerator`
+    "Device, precision and processes of a run, or a `BavqError` that says what this machine cannot do."
     from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.state import AcceleratorState
-    require(not config.wandb or importlib.util.find_spec("wandb"), "wandb is not installed: pip install 'bavq[wandb]', or train without wandb")
+    log = "wandb" if config.wandb else None
+    require(not log or importlib.util.find_spec("wandb"),
+            "wandb is not installed: pip install 'bavq[wandb]', or train without wandb")
     AcceleratorState._reset_state()   # else a process could train in one precision only
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False)   # all processes compute the same ones
-    try: accelerator = Accelerator(mixed_precision=config.precision, log_with="wandb" if config.wandb else None, kwargs_handlers=[ddp])
+    try:
+        accelerator = Accelerator(mixed_precision=config.precision, log_with=log, kwargs_handlers=[ddp])
     except (ValueError, ImportError) as e:
-        raise BavqError(f"precision {config.precision} does not work on this machine ({' '.join(str(e).split())}): give no or bf16") from None
-    require(config.precision != "fp16" or accelerator.scaler, "precision fp16 does not work on this machine (no GPU): give no or bf16")
-    require(accelerator.num_processes == 1 or parallel(), "these processes have trained their run: start new ones for another")
+        why = " ".join(str(e).split())
+        raise BavqError(f"precision {config.precision} does not work on this machine ({why}): "
+                        f"give no or bf16") from None
+    require(config.precision != "fp16" or accelerator.scaler,
+            "precision fp16 does not work on this machine (no GPU): give no or bf16")
+    require(accelerator.num_processes == 1 or parallel(),
+            "these processes have trained their run: start new ones for another")
     return accelerator
 
 # %% ../../nbs/4_training/03_loop.ipynb #bbfbc8a6
-@dataclass
-class Training:
-    "A run in memory: what the configuration made, and how far it has come."
-    config: RunConfig        # what to train
-    accelerator: object      # of accelerate: device, precision, processes
-    model: VQVAE             # the model itself: for validation and checkpoints
-    net: nn.Module           # the same weights as they are trained: wrapped by accelerate
-    optimizer: object        # AdamW over all parameters, wrapped by accelerate
-    train_loader: Batches    # training images, in an order set by seed and epoch
-    test_loader: Batches     # test images
-    epoch: int = 0           # finished epochs
-    history: list[dict] = field(default_factory=list)  # one entry for each
-    meter: LossMeter = field(default_factory=LossMeter)   # of the steps of the next one
-    began: float = field(default_factory=time.perf_counter)  # when it began
-    saved: float = field(default_factory=time.monotonic)  # when the last checkpoint was written
-    asked: list[int] = field(default_factory=list)        # signals that asked the run to stop
-
 def wrap(
-    accelerator,       # of `make_accelerator`
-    model: VQVAE,      # to train
-    config: RunConfig, # learning rate, and whether there is a warm-up
-):
+    accelerator: Any,   # of `make_accelerator`
+    model: VQVAE,       # to train
+    config: RunConfig,  # learning rate, and whether there is a warm-up
+) -> tuple[nn.Module, Any]:
     "The model as accelerate trains it, and AdamW over all its parameters."
-    accelerator.ddp_handler.find_unused_parameters = config.warmup_steps > 0 and any(k.startswith("quantizer") for k, _ in model.named_parameters())   # left out in the warm-up
+    # the quantizer is not used in the warm-up
+    learned = any(name.startswith("quantizer") for name, _ in model.named_parameters())
+    accelerator.ddp_handler.find_unused_parameters = config.warmup_steps > 0 and learned
+    optimizer = torch.optim.AdamW(model.parameters(), config.lr, fused=True)
     with warnings.catch_warnings():   # torch has renamed broadcast_buffers, accelerate not yet
         warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)
-        return accelerator.prepare(nn.Sequential(model), torch.optim.AdamW(model.parameters(), config.lr, fused=True))
+        net, optimizer = accelerator.prepare(nn.Sequential(model), optimizer)
+    return net, optimizer
 
-def prepare(config: RunConfig) -> Training:
+# %% ../../nbs/4_training/03_loop.ipynb #44114067
+def prepare(
+    config: RunConfig,  # what to train
+) -> Training:          # at its start
     "Data, model and optimizer of a run on the device, or a `BavqError`; writes nothing."
     accelerator = make_accelerator(check_config(config))
-    place = dict(device=accelerator.device, rank=accelerator.process_index, world_size=accelerator.num_processes)
-    loaders = get_dataloaders(config.data, config.batch_size, config.data_root, config.seed, config.workers, config.train_size, image_size=config.image_size, **place)
-    steps = config.epochs * len(loaders[0])
-    require(config.warmup_steps < steps, f"warmup_steps is {config.warmup_steps}, but training has {steps} steps: give fewer")
-    model = build_model(config, loaders[0].channels)
-    return Training(config, accelerator, model, *wrap(accelerator, model, config), *loaders)
-
-# %% ../../nbs/4_training/03_loop.ipynb #d843f06b
-def save_checkpoint(
-    t: Training,   # between two steps
-    folder: Path,  # of the run
-) -> Path:
-    "Write a checkpoint of a run, then forget all but the last two."
-    state = dict(epoch=t.epoch, step=t.meter.steps, total=t.meter.total, seconds=time.perf_counter() - t.began,
-                 model_state_dict=t.model.state_dict(), optimizer_state_dict=t.optimizer.state_dict(), history=t.history,
-                 val_metrics=t.history[-1] if t.history else {}, rng_state=get_rng_state(), config=asdict(t.config))
-    if t.accelerator.scaler: state["scaler_state_dict"] = t.accelerator.scaler.state_dict()
-    name = f"checkpoint_epoch{t.epoch}" + f"_step{t.meter.steps}" * (t.meter.steps > 0)
-    path = write_weights(folder / f"{name}.pt", state)
-    atomic_write(folder / "latest", lambda f: f.write(f"{path.name}\n".encode()))
-    for old in [p for p in checkpoints(folder) if p != path][:-1]: old.unlink()   # damaged ones of later steps may be there
-    t.saved = time.monotonic()
-    return path
-
-# %% ../../nbs/4_training/03_loop.ipynb #48682573
-def restore(
-    t: Training,   # prepared; changed in place
-    folder: Path,  # of the run
-) -> None:
-    "Put a freshly prepared run back to its newest checkpoint, or leave it at its start."
-    if state := newest_checkpoint(folder):
-        require_same(t.config, state["config"], folder)
-        put_back(t, state, folder)
-    here = torch.tensor([t.epoch, t.meter.steps], device=t.accelerator.device)
-    require(torch.equal(here, from_first(here.clone())), f"the processes do not see the same {folder}: give an --out that all machines share")
-
-def put_back(
-    t: Training,   # prepared; changed in place
-    state: dict,   # a checkpoint
-    folder: Path,  # where it was found, for the message
-) -> None:
-    "Weights, buffers, optimizer, generators, history, and the steps of an epoch under way, as they were."
-    try:
-        t.model.load_state_dict(state["model_state_dict"])
-        t.optimizer.load_state_dict(state["optimizer_state_dict"])
-    except (RuntimeError, ValueError): raise BavqError(f"the checkpoint in {folder} is of another version of bavq: train the run again, or use the version that made it") from None
-    if t.accelerator.scaler: t.accelerator.scaler.load_state_dict(state["scaler_state_dict"])
-    set_rng_state(state["rng_state"])
-    t.epoch, t.history = state["epoch"], list(state.get("history") or read_history(folder)[:state["epoch"]])
-    total, step = {k: v.to(t.accelerator.device) for k, v in state.get("total", {}).items()}, state.get("step", 0)
-    t.meter, t.began = LossMeter(total, step, step, step), time.perf_counter() - state.get("seconds", 0)
+    train_loader, test_loader = get_dataloaders(
+        config.data, config.batch_size, config.data_root, config.seed, config.workers, config.train_size,
+        image_size=config.image_size, device=accelerator.device, rank=accelerator.process_index,
+        world_size=accelerator.num_processes)
+    steps = config.epochs * len(train_loader)
+    require(config.warmup_steps < steps,
+            f"warmup_steps is {config.warmup_steps}, but training has {steps} steps: give fewer")
+    model = build_model(config, train_loader.channels)
+    net, optimizer = wrap(accelerator, model, config)
+    return Training(config, accelerator, model, net, optimizer, train_loader, test_loader)
 
 # %% ../../nbs/4_training/03_loop.ipynb #b7d77bd9
 def fit(
-    t: Training,            # prepared
-    folder: str | Path,     # of the run
-    resume: bool = False,   # go on with what is there
+    t: Training,                  # prepared
+    folder: str | Path,           # of the run
+    resume: bool = False,         # go on with what is there
     progress: bool | str = True,  # bars and a line an epoch; "bars"; or nothing
-    on_epoch=None,          # called after each epoch, on every process
+    on_epoch: Callable[[], Any] | None = None,  # called after each epoch, on every process
 ) -> dict[str, float]:
-    "Train to the end and write the files of the run; returns the final metrics. Asked to stop by a signal, it saves and raises `Interrupted`."
-    from tqdm.auto import tqdm
-    folder, main = Path(folder), t.accelerator.is_main_process
+    """Train to the end and write the files of the run; returns the final metrics.
+
+    Asked to stop by a signal, it saves and raises `Interrupted`.
+    """
+    folder = Path(folder)
     check_folder(t.config, folder, resume)
-    if resume and (folder / "final_metrics.json").exists(): return read_json(folder / "final_metrics.json")
-    if resume: restore(t, folder)
-    t.accelerator.wait_for_everyone()
-    if main: write_json(folder / "config.json", asdict(t.config))
+    if resume and (folder / "final_metrics.json").exists():
+        return read_json(folder / "final_metrics.json")
+    start(t, folder, resume)
     log = start_log(t, folder)
     with stop_signals() as t.asked:
         while t.epoch < t.config.epochs:
             entry = one_epoch(t, folder, progress)
             log(entry)
-            if progress is True and main: tqdm.write(epoch_line(entry, t.config.epochs))
-            if main: write_history(t.history, folder)
-            if on_epoch: on_epoch()
-            if main and (t.epoch % t.config.checkpoint_every == 0 or t.epoch == t.config.epochs): save_checkpoint(t, folder)
-        if main: write_weights(folder / "final_model.pt", t.model.state_dict())
-        final = {k: v for k, v in t.history[-1].items() if not k.startswith("train_") and k not in ("epoch", "seconds")}
-        if main: write_json(folder / "final_metrics.json", final)
+            write_epoch(t, folder, on_epoch)
+        final = write_final(t, folder)
     t.accelerator.wait_for_everyone()
     t.accelerator.end_training()
-    if t.asked: raise Interrupted(f"the run {folder} is complete", t.asked[0])
+    if t.asked:
+        raise Interrupted(f"the run {folder} is complete", t.asked[0])
+    return final
+
+# %% ../../nbs/4_training/03_loop.ipynb #472b3e02
+def start(
+    t: Training,   # prepared; changed in place
+    folder: Path,  # of the run
+    resume: bool,  # go on with what is there
+) -> None:
+    "Go to the newest checkpoint, if asked to, and write the configuration."
+    if resume:
+        restore(t, folder)
+    t.accelerator.wait_for_everyone()
+    if t.accelerator.is_main_process:
+        write_json(folder / "config.json", asdict(t.config))
+
+# %% ../../nbs/4_training/03_loop.ipynb #fc229a5f
+def write_epoch(
+    t: Training,   # between two epochs
+    folder: Path,  # of the run
+    on_epoch: Callable[[], Any] | None = None,  # called between history and checkpoint, on every process
+) -> None:
+    "Write the history, and after every `checkpoint_every` epochs and the last one a checkpoint."
+    main = t.accelerator.is_main_process
+    if main:
+        write_history(t.history, folder)
+    if on_epoch:
+        on_epoch()
+    due = t.epoch % t.config.checkpoint_every == 0 or t.epoch == t.config.epochs
+    if main and due:
+        save_checkpoint(t, folder)
+
+def write_final(
+    t: Training,   # after its last epoch
+    folder: Path,  # of the run
+) -> dict[str, float]:
+    "Write the weights, then the metrics of the last validation; returns those."
+    last = t.history[-1]
+    final = {k: v for k, v in last.items() if not k.startswith("train_") and k not in ("epoch", "seconds")}
+    if t.accelerator.is_main_process:
+        write_weights(folder / "final_model.pt", t.model.state_dict())
+        write_json(folder / "final_metrics.json", final)
     return final
 
 # %% ../../nbs/4_training/03_loop.ipynb #86c21b4d
 def on_step(
     t: Training,  # about to train an epoch
-):
+) -> Callable[[int], None]:
     "A function of the epoch's step: sets bottleneck, annealing and learning rate."
-    c, before, steps = t.config, t.epoch * len(t.train_loader), t.config.epochs * len(t.train_loader)
+    c = t.config
+    before = t.epoch * len(t.train_loader)
+    steps = c.epochs * len(t.train_loader)
     schedule = step_schedule(t.model, steps, c.warmup_steps)
-    def at(step):
+    def set_step(step: int) -> None:
         schedule(before + step)
-        for group in t.optimizer.param_groups: group["lr"] = cooled_rate(c.lr, before + step, steps, c.cooldown)
-    return at
+        for group in t.optimizer.param_groups:
+            group["lr"] = cooled_rate(c.lr, before + step, steps, c.cooldown)
+    return set_step
 
+# %% ../../nbs/4_training/03_loop.ipynb #786b5996
 def one_epoch(
-    t: Training,     # changed in place
-    folder: Path,    # of the run
-    progress: bool,  # show a bar
-) -> dict:
+    t: Training,           # changed in place
+    folder: Path,          # of the run
+    progress: bool | str,  # True: a bar and a line; "bars": a bar
+) -> dict[str, Any]:       # the entry of the history
     "Train what is left of the epoch, validate, and add to the history."
     from tqdm.auto import tqdm
-    bar = lambda loader: tqdm(loader, f"Epoch {t.epoch + 1}/{t.config.epochs}", initial=t.meter.steps, leave=False, disable=not (progress and t.accelerator.is_main_process))
+    shown = progress and t.accelerator.is_main_process
+    title = f"Epoch {t.epoch + 1}/{t.config.epochs}"
+    def bar(loader):
+        return tqdm(loader, title, initial=t.meter.steps, leave=False, disable=not shown)
+
     losses = rest_of_epoch(t, folder, on_step(t), bar)
-    return end_epoch(t, dict(epoch=t.epoch + 1, **{f"train_{k}": v for k, v in losses.items()}, **validate(t.model, t.test_loader)))
+    trained = {f"train_{k}": v for k, v in losses.items()}
+    entry = end_epoch(t, dict(epoch=t.epoch + 1, **trained, **validate(t.model, t.test_loader)))
+    if shown and progress is True:
+        tqdm.write(epoch_line(entry, t.config.epochs))
+    return entry
 
-# %% ../../nbs/4_training/03_loop.ipynb #0d386581
-SAVE_EVERY, LOOK_EVERY, AGREE_EVERY = 600, 100, 32   # seconds; steps; steps
-
-def rest_of_epoch(
-    t: Training,       # changed in place
-    folder: Path,      # of the run
-    on_step,           # called with the number of the step, before it
-    bar=iter,          # wraps the loader, to show progress
-) -> dict[str, float]:
-    "Train the steps of an epoch that are not done yet; the average of every loss. Stops where it is asked to, and where a loss is not finite."
-    if not t.meter.steps: t.began = time.perf_counter()
-    t.train_loader.set_epoch(t.epoch, t.meter.steps)
-    def between(step):
-        if step % (1 if t.accelerator.device.type == "cpu" else LOOK_EVERY) == 0: t.meter.check()
-        if wishes(t, step): leave_checkpoint(t, folder)
-        on_step(step)
-    try:
-        losses = train_epoch(t.net, t.train_loader, t.optimizer, between, t.config.clip_grad, t.accelerator, bar, t.meter)
-        t.meter.check()
-    except (BavqError, RuntimeError) as e:
-        if isinstance(e, RuntimeError) and "DataLoader worker" not in str(e): raise   # what torch raises wherever it hears that a loader has died
-        raise stopped(t, folder, e if isinstance(e, BavqError) else BavqError("a loader process was killed, perhaps for lack of memory: resume the run, with fewer workers")) from None
-    return losses
-
-def wishes(t: Training, step: int) -> bool:
-    "Does any process want to save or to stop? `t.asked` then says whether to stop."
-    wish = 1000 if t.asked else int(time.monotonic() - t.saved > SAVE_EVERY)
-    if parallel():
-        if step % AGREE_EVERY: return False
-        wish = int(all_reduce(torch.tensor(wish, device=t.accelerator.device)))
-        if wish >= 1000 and not t.asked: t.asked.append(signal.SIGTERM)
-    return wish > 0
-
-# %% ../../nbs/4_training/03_loop.ipynb #37be9574
-def leave_checkpoint(
-    t: Training,   # between two steps, on every process
-    folder: Path,  # of the run
-) -> None:
-    "Save; and if the run was asked to stop, stop."
-    t.meter.check()
-    t.meter.total = {k: all_reduce(v) / t.accelerator.num_processes for k, v in t.meter.total.items()}   # any process may go on with it
-    if t.accelerator.is_main_process: save_checkpoint(t, folder)
-    t.saved = time.monotonic()
-    if t.asked: raise Interrupted(f"stopped in epoch {t.epoch + 1} after step {t.meter.steps} of {len(t.train_loader)}; {folder} goes on from there when it is resumed", t.asked[0])
-
-def stopped(
-    t: Training,    # that cannot go on
-    folder: Path,   # of the run
-    why: Exception, # the error
-) -> BavqError:
-    "The error, with the step, the first of its images, and the last good checkpoint."
-    step, loader = int(t.meter.good), t.train_loader
-    images = epoch_order(loader.num_images, loader.seed, t.epoch)[step * loader.batch_size:][:3].tolist()
-    last = (checkpoints(folder) or ["none yet"])[-1]
-    return BavqError(f"stopped in epoch {t.epoch + 1} (last checkpoint: {last}), step {step + 1} of {len(loader)}, images {', '.join(map(str, images))}, … of those it trains on: {why}")
-
-def end_epoch(t: Training, entry: dict) -> dict:
-    "Add an entry to the history; returns it, with its seconds."
+def end_epoch(
+    t: Training,             # changed in place
+    entry: dict[str, Any],   # of the history
+) -> dict[str, Any]:         # with its seconds
+    "Add an entry to the history, and begin the next epoch."
     t.history.append(entry | dict(seconds=round(time.perf_counter() - t.began, 3)))
-    t.epoch, t.meter = t.epoch + 1, LossMeter()
+    t.epoch += 1
+    t.meter = LossMeter()
     return t.history[-1]
 
-# %% ../../nbs/4_training/03_loop.ipynb #fc85378f
-def start_log(t: Training, folder: Path):
-    "A function that logs an entry of the history, offline logs into the folder; does nothing where tracking is off."
-    if not t.config.wandb: return lambda entry: None
-    try: t.accelerator.init_trackers("vq-codebook", asdict(t.config), {"wandb": dict(name=run_name(t.config), dir=str(folder), reinit=True)})   # a run of its own
-    except Exception as e: raise BavqError(f"Weights & Biases cannot log ({' '.join(str(e).split())[:120]}): run `wandb login`, or set WANDB_MODE=offline") from None
-    name = lambda k: f"train/{k[6:]}" if k.startswith("train_") else f"val/{k}"
-    return lambda entry: t.accelerator.log({name(k): v for k, v in entry.items() if k not in ("epoch", "seconds")}, step=entry["epoch"])
+# %% ../../nbs/4_training/03_loop.ipynb #0d386581
+LOOK_EVERY = 100   # steps between two looks at an accelerator
 
-def train(
-    config: RunConfig,            # what to train
-    folder: str | Path,           # of the run
-    resume: bool = False,         # go on with what is there
-    progress: bool | str = True,  # bars and a line an epoch; "bars"; or nothing
+def between_steps(
+    t: Training,    # about to train an epoch
+    folder: Path,   # of the run
+    on_step: Callable[[int], Any],  # called with the number of the step, before it
+) -> Callable[[int], None]:
+    "A function of the step: looks at the losses so far, saves or stops if that is due, then calls on_step."
+    look_every = 1 if t.accelerator.device.type == "cpu" else LOOK_EVERY
+    def before_step(step: int) -> None:
+        if step % look_every == 0:
+            t.meter.check()
+        if save_is_due(t, step):
+            save_between_steps(t, folder)
+        on_step(step)
+    return before_step
+
+# %% ../../nbs/4_training/03_loop.ipynb #4bfe6d9d
+def rest_of_epoch(
+    t: Training,           # changed in place
+    folder: Path,          # of the run
+    on_step: Callable[[int], Any],  # called with the number of the step, before it
+    bar: Callable = iter,  # wraps the loader, to show progress
 ) -> dict[str, float]:
-    "Train a configuration into a folder; returns the final metrics."
-    check_folder(check_config(config), Path(folder), resume)
-    t = prepare(config)
-    with only_writer(folder) if t.accelerator.is_main_process else contextlib.nullcontext(): return fit(t, folder, resume, progress)
+    """Train the steps of an epoch that are not done yet; the average of every loss.
 
-# %% ../../nbs/4_training/03_loop.ipynb #16d2d928
-def load_model(
-    folder: str | Path,  # of a run, finished or not
-) -> tuple[VQVAE, RunConfig]:
-    "The final model of a run, or that of its newest checkpoint, in evaluation mode on the CPU, and its configuration."
-    final, path = Path(folder) / "final_model.pt", Path(folder) / "config.json"
-    require(path.is_file(), f"{folder} is not the folder of a run: it has no config.json; check the path")
-    state = read_weights(final) if final.exists() else (newest_checkpoint(folder) or {}).get("model_state_dict")
-    require(state, f"{folder} holds no weights yet: resume the run first")
-    config, rng = config_from_dict(read_json(path)), get_rng_state()   # which making a model seeds
-    try: (model := build_model(config, channels=state["encoder.layers.0.weight"].shape[1])).load_state_dict(state)
-    except (KeyError, RuntimeError): raise BavqError(f"the weights in {folder} are of another version of {config.quantizer}: train the run again, or use the version that made them") from None
-    finally: set_rng_state(rng)
-    return model.eval(), config
+    Stops where it is asked to, and where a loss is not finite.
+    """
+    if not t.meter.steps:
+        t.began = time.perf_counter()
+    t.train_loader.set_epoch(t.epoch, t.meter.steps)
+    before_step = between_steps(t, folder, on_step)
+    try:
+        losses = train_epoch(t.net, t.train_loader, t.optimizer, before_step, t.config.clip_grad,
+                             t.accelerator, bar, t.meter)
+        t.meter.check()
+    except BavqError as e:
+        raise locate_error(t, folder, e) from None
+    except RuntimeError as e:
+        if "DataLoader worker" not in str(e):
+            raise
+        why = "a loader process was killed, perhaps for lack of memory: resume the run, with fewer workers"
+        raise locate_error(t, folder, BavqError(why)) from None
+    return losses
+
+# %% ../../nbs/4_training/03_loop.ipynb #fc85378f
+def start_log(
+    t: Training,   # about to begin
+    folder: Path,  # of the run
+) -> Callable[[dict], None]:
+    "A function that logs an entry of the history; offline logs go into the folder. Off: it does nothing."
+    if not t.config.wandb:
+        return lambda entry: None
+    options = dict(name=run_name(t.config), dir=str(folder), reinit=True)   # a run of its own
+    try:
+        t.accelerator.init_trackers("vq-codebook", asdict(t.config), {"wandb": options})
+    except Exception as e:
+        why = " ".join(str(e).split())[:120]
+        raise BavqError(f"Weights & Biases cannot log ({why}): "
+                        f"run `wandb login`, or set WANDB_MODE=offline") from None
+    return lambda entry: t.accelerator.log(tracked(entry), step=entry["epoch"])
+
+def tracked(
+    entry: dict,  # of the history
+) -> dict[str, float]:
+    "The entry under the names that are tracked: train/… and val/…."
+    values = {}
+    for k, v in entry.items():
+        if k.startswith("train_"):
+            values[f"train/{k.removeprefix('train_')}"] = v
+        elif k not in ("epoch", "seconds"):
+            values[f"val/{k}"] = v
+    return values

@@ -12,13 +12,17 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from ..core.config import (BavqError, Interrupted, RunConfig, atomic_write, check_config, check_types, choose, newest_checkpoint, only_writer, read_json, require, set_seed,
-                       stop_signals, write_history, write_json, write_weights)
-from ..theory.sources import epoch_order, get_dataloaders, read_arrays
+from ..core.config import RunConfig, check_config
+from ..core.distributed import set_seed
+from ..core.errors import BavqError, check_types, choose, require
+from ..core.storage import (Interrupted, atomic_write, newest_checkpoint, only_writer, read_json,
+    stop_signals, write_history, write_json, write_weights)
+from .data import epoch_order, get_dataloaders, read_arrays
 from .experiments import environment
 from ..theory.metrics import code_counts
 from ..models.priors import Prior, load_prior, make_prior, model_hash
-from .loop import Training, cooled_rate, end_epoch, load_model, make_accelerator, put_back, rest_of_epoch, save_checkpoint, start_log, stopped
+from .checkpoints import Training, load_model, restore_state, save_checkpoint, locate_error
+from .loop import cooled_rate, end_epoch, make_accelerator, rest_of_epoch, start_log
 
 # %% auto #0
 __all__ = ['Codes', 'model_codes', 'extract_codes', 'context_bits', 'code_bits', 'PriorConfig', 'code_sizes', 'CodeBatches',
@@ -190,7 +194,7 @@ def prior_epoch(
         for group in t.optimizer.param_groups: group["lr"] = cooled_rate(c.lr, t.epoch * steps + step, c.epochs * steps, c.cooldown)
     loss = rest_of_epoch(t, folder, cool)["loss"]
     bits = bits_per_code(t.model, t.test_loader)
-    if not math.isfinite(bits): raise stopped(t, folder, BavqError("the cost of the test codes is not finite: give a smaller lr"))
+    if not math.isfinite(bits): raise locate_error(t, folder, BavqError("the cost of the test codes is not finite: give a smaller lr"))
     return end_epoch(t, dict(epoch=t.epoch + 1, train_loss=loss, bits_per_code=bits))
 
 # %% ../../nbs/4_training/06_prior_training.ipynb #8be8bbd7
@@ -213,7 +217,7 @@ def restore_prior(
     folder: Path,  # of the prior
 ) -> None:
     "Put everything back to the newest checkpoint, where there is one."
-    if state := newest_checkpoint(folder): put_back(t, state, folder)
+    if state := newest_checkpoint(folder): restore_state(t, state, folder)
 
 # %% ../../nbs/4_training/06_prior_training.ipynb #8a8f8856
 def fit_prior(

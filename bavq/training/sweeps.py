@@ -23,10 +23,10 @@ from itertools import chain
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, NamedTuple, Protocol
-from ..core.config import (
-    BavqError, Interrupted, RunConfig, atomic_write, check_config, check_folder, choose, only_writer,
-    read_history, read_json, require, run_name)
-from ..theory.sources import cache_dir
+from ..core.config import RunConfig, check_config, run_name
+from ..core.errors import BavqError, choose, require
+from ..core.storage import Interrupted, atomic_write, check_folder, only_writer, read_history, read_json
+from .data import cache_dir
 from .experiments import (
     add_records, check_recordable, make_record, only_process, plugin_modules, record_run, train_run)
 
@@ -357,7 +357,7 @@ def choose_executor(
     local: Executor = ThisProcess() if jobs == 1 else Processes(jobs)
     executor = choose(engine, dict(local=local, ray=Ray()), "engine") if isinstance(engine, str) else engine
     require(jobs == 1 or executor is local,
-            f"jobs is {jobs}, but on a cluster its machines decide: give a run's cpus and gpus, as Ray(cpus=2)")
+            f"jobs is {jobs}, but on a cluster its machines decide: give cpus and gpus of a run, Ray(cpus=2)")
     return executor
 
 # %% ../../nbs/4_training/05_sweeps.ipynb #00df6756
