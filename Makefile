@@ -10,9 +10,9 @@ BIN     = $(VENV)/bin
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
 
-install: $(VENV)/.installed-base ## install bavq into .venv (2.6 GB to download the first time)
+install: $(VENV)/.installed-all ## install bavq into .venv with all that it can use (2.6 GB to download the first time)
 
-compare: $(VENV)/.installed-base ## train and compare VQ-EMA and BA-VQ on real images; more options: ARGS="..."
+compare: $(VENV)/.installed-all ## train and compare VQ-EMA and BA-VQ on real images; more options: ARGS="..."
 	@$(BIN)/bavq compare $(ARGS)
 
 notebook: $(VENV)/.installed-notebooks ## open the notebooks in JupyterLab
@@ -47,10 +47,7 @@ docs: $(VENV)/.installed-docs ## build the site of the notebooks, with search an
 	@$(BIN)/python tools/docs.py
 
 # One stamp for each set of requirements: nothing is installed again until settings.ini changes.
-$(VENV)/.installed-base: settings.ini setup.py
-	@$(PYTHON) tools/install.py $(VENV)
-	@touch $@
-
+# Those of the notebooks, the checks and the site hold all that the package itself can use.
 $(VENV)/.installed-%: settings.ini setup.py
 	@$(PYTHON) tools/install.py $(VENV) $*
-	@touch $@ $(VENV)/.installed-base
+	@touch $@ $(VENV)/.installed-all

@@ -18,7 +18,7 @@ from bavq.evaluation.compression import (
     decompress,
     digest,
     image_codes,
-    plan,
+    plan_files,
     read_codes,
     read_header,
 )
@@ -207,7 +207,7 @@ def test_two_files_never_become_one(tmp_path):
     for name in ("a.bavq", "a.png.bavq"):
         (tmp_path / "in" / name).write_bytes(b"")
     with pytest.raises(BavqError, match="two files of .* would both become a.png"):
-        plan(
+        plan_files(
             tmp_path / "in",
             tmp_path / "out",
             (".bavq",),

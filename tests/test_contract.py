@@ -282,9 +282,9 @@ def test_what_cannot_be_joined_is_refused():
         dict(name="product", base="vq_ema_growing"),
         dict(name="product", base="residual", levels="8,8", dropout=0.5),
     ):
-        with pytest.raises(bavq.core.config.BavqError, match="cannot be joined|outermost"):
+        with pytest.raises(bavq.core.errors.BavqError, match="cannot be joined|outermost"):
             make_quantizer(num_embeddings=4096, embedding_dim=8, **options)
-    with pytest.raises(bavq.core.config.BavqError, match="until 0"):
+    with pytest.raises(bavq.core.errors.BavqError, match="until 0"):
         make_quantizer("vq_ema_growing", 64, 8, until=0)
 
 
@@ -315,7 +315,7 @@ def test_whole_numbers_of_any_kind():
 def test_a_price_without_end_is_refused():
     for name, option in (("ba_vq", "beta"), ("gumbel", "temperature")):
         for value in (float("inf"), 1e38, 1e-38):
-            pytest.raises(bavq.core.config.BavqError, make_quantizer, name, 16, 4, **{option: value})
+            pytest.raises(bavq.core.errors.BavqError, make_quantizer, name, 16, 4, **{option: value})
     q = make_quantizer("ba_vq", 16, 4, beta=1e12).train()
     for _ in range(3):
         q(torch.randn(64, 4))

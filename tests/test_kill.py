@@ -36,5 +36,5 @@ def test_the_comparison_sees_one_changed_number(tmp_path):
     path = sorted(folders[1].glob("checkpoint_epoch?.pt"))[-1]
     state = kill.read_weights(path)
     next(iter(state["optimizer_state_dict"]["state"].values()))["exp_avg"].view(-1)[0] += 1e-6
-    kill.bavq.core.config.write_weights(path, state)
+    kill.bavq.core.storage.write_weights(path, state)
     assert "optimizer_state_dict" in kill.compare(*folders)

@@ -200,16 +200,42 @@ def test_import_bavq_is_light():
     )
 
 
-def test_requirements_cover_every_import():
-    """The package runs with `requirements` (optional libraries, with their extra), the notebooks with their
-    extra beside it."""
+def requirements():
+    "The distributions of each set in settings.ini, where `bavq[extra]` stands for those of the extra."
     ini = ConfigParser(delimiters=["="], interpolation=None)
     ini.read(ROOT / "settings.ini", encoding="utf-8")
-    required = {
-        k: {canonical(re.match(r"[\w.-]+", r)[0]) for r in v.split()}
-        for k, v in ini["DEFAULT"].items()
-        if k.endswith("requirements")
-    }
+    texts = {k: v for k, v in ini["DEFAULT"].items() if k.endswith("requirements")}
+
+    def spelled_out(text):
+        for requirement in text.split():
+            if own := re.match(r"bavq\[(.+)\]$", requirement):
+                for extra in own[1].split(","):
+                    yield from spelled_out(texts[f"{extra}_requirements"])
+            else:
+                yield canonical(re.match(r"[\w.-]+", requirement)[0])
+
+    return {k.removesuffix("_requirements"): {*spelled_out(v)} for k, v in texts.items()}
+
+
+def at_module_level(tree):
+    return ast.Module([s for s in tree.body if isinstance(s, (ast.Import, ast.ImportFrom))], [])
+
+
+def reach_of_import_bavq():
+    "The modules that `import bavq` loads, as far as their imports say."
+    start = ast.parse((ROOT / "bavq/__init__.py").read_text(encoding="utf-8"))
+    reached, waiting = set(), [name for name, _ in imports(start)]
+    while waiting:
+        module = waiting.pop().removeprefix("bavq.")
+        if module in MODULES and module not in reached:
+            reached.add(module)
+            waiting += [name for name, _ in imports(at_module_level(MODULES[module]), module)]
+    return reached
+
+
+def test_requirements_cover_every_import():
+    "`import bavq` needs no more than `requirements`, the rest of the package an extra, the notebooks theirs."
+    required = requirements()
     owners = packages_distributions()
 
     def foreign(tree, *sets):
@@ -217,21 +243,23 @@ def test_requirements_cover_every_import():
         tops = {name.split(".")[0] for name, _ in imports(tree)} - set(sys.stdlib_module_names) - {"bavq"}
         return sorted(t for t in tops if not known & {canonical(d) for d in owners.get(t, [t])})
 
-    base, reader = (
-        ["requirements", "wandb_requirements", "ray_requirements"],
-        ["requirements", "notebooks_requirements"],
-    )
+    extras = ["requirements", "all", "wandb", "ray", "notebooks"]
     wrong = {
-        f"bavq/{m}.py imports {t}: add it to requirements in settings.ini"
+        f"bavq/{m}.py imports {t}: add it to requirements or to an extra in settings.ini"
         for m, tree in MODULES.items()
-        for t in foreign(tree, *base)
+        for t in foreign(tree, *extras)
+    }
+    wrong |= {
+        f"bavq/{m}.py, which `import bavq` loads, imports {t}: import it where it is used, after `needs`"
+        for m in reach_of_import_bavq()
+        for t in foreign(at_module_level(MODULES[m]), "requirements")
     }
     for n, i, source, _ in code_cells():
         tree = ast.Module(statements(source), [])
         if not exported(source):
             wrong |= {
                 f"{n} cell {i} imports {t}: add it to notebooks_requirements in settings.ini"
-                for t in foreign(tree, *reader)
+                for t in foreign(tree, "requirements", "notebooks")
                 if t != "IPython"
             }
     none(sorted(wrong))

@@ -24,6 +24,7 @@ from pathlib import Path
 os.environ |= {"ACCELERATE_USE_CPU": "true"}
 import numpy as np
 import torch
+from PIL import Image
 
 import bavq
 import bavq.evaluation.compression as compression
@@ -529,7 +530,7 @@ def prepare(folder):
     x = np.random.default_rng(0).integers(0, 256, (96, 16, 16, 3), dtype=np.uint8)
     np.savez(folder / "images.npz", train=x[:64], test=x[64:])
     np.save(folder / "images.npy", x)
-    data.Image.fromarray(x[0]).save(folder / "one.png")
+    Image.fromarray(x[0]).save(folder / "one.png")
     (folder / "c.json").write_text(json.dumps(asdict(RunConfig())))
     (folder / "c.yaml").write_text("lr: 1e-3\n")
 

@@ -93,7 +93,7 @@ _WORDS = {
 
 def _cast(name: str, value: Any, kind: type) -> Any:
     "The value in the type of its field, or a `BavqError`."
-    cast = None
+    cast: Any = None
     if kind is dict:
         cast = _as_pairs(value)
     elif kind in (int, float):

@@ -5,21 +5,23 @@
 # %% ../../nbs/0_core/05_plots.ipynb #2df5b20f
 from __future__ import annotations
 import zlib
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
+from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from scipy.spatial import Voronoi
 from torchvision.utils import make_grid
 from .errors import require
 
 # %% auto #0
-__all__ = ['METHODS', 'COLORS', 'METHOD_LABELS', 'STYLE', 'MethodStyle', 'method_style', 'method_color', 'method_label',
-           'house_style', 'figure', 'show_images', 'show_rows', 'cell_borders', 'plot_codes', 'plot_usage', 'plot_rd',
-           'plot_history']
+__all__ = ['method_style', 'method_color', 'method_label', 'figure', 'show_images', 'show_rows', 'plot_codes', 'plot_usage',
+           'plot_rd', 'plot_history']
 
 # %% ../../nbs/0_core/05_plots.ipynb #c6cd7500
 class MethodStyle(NamedTuple):
@@ -29,7 +31,7 @@ class MethodStyle(NamedTuple):
     marker: str     # the second, for those who cannot see the first
     linestyle: str  # the third, for lines without markers
 
-METHODS = {
+METHODS: dict[str, MethodStyle] = {
     "vq": MethodStyle("VQ", "#5A5A5A", "X", "-"),
     "vq_ema_spec": MethodStyle("VQ-EMA as specified", "#56B4E9", "v", "--"),
     "vq_ema": MethodStyle("VQ-EMA", "#0072B2", "s", "-"),
@@ -47,16 +49,22 @@ COLORS = {name: s.color for name, s in METHODS.items()}
 METHOD_LABELS = {name: s.label for name, s in METHODS.items()}
 
 # %% ../../nbs/0_core/05_plots.ipynb #733089c9
-_SPARE_COLORS, _SPARE_MARKERS, _SPARE_LINES = ["#994433", "#A2CC8C", "#8778FF", "#784B78", "#697878"], ">pd8", ["-", "--", "-.", ":"]
+_SPARE_COLORS = ["#994433", "#A2CC8C", "#8778FF", "#784B78", "#697878"]
+_SPARE_MARKERS = ">pd8"
+_SPARE_LINES = ["-", "--", "-.", ":"]
 
+# %% ../../nbs/0_core/05_plots.ipynb #7a26d3b1
 def method_style(
     name: str,  # a method, listed in `METHODS` or not
 ) -> MethodStyle:
     "The style of a method: its entry in `METHODS`, or one made from its name, the same in every process."
-    if name in METHODS: return METHODS[name]
+    if name in METHODS:
+        return METHODS[name]
     n = zlib.crc32(name.encode())
-    pick = lambda spare, bits: spare[(n >> bits) % len(spare)]
-    return MethodStyle(name, pick(_SPARE_COLORS, 0), pick(_SPARE_MARKERS, 8), pick(_SPARE_LINES, 16))
+    color = _SPARE_COLORS[n % len(_SPARE_COLORS)]
+    marker = _SPARE_MARKERS[(n >> 8) % len(_SPARE_MARKERS)]
+    line = _SPARE_LINES[(n >> 16) % len(_SPARE_LINES)]
+    return MethodStyle(name, color, marker, line)
 
 # %% ../../nbs/0_core/05_plots.ipynb #cf1310cf
 def method_color(
@@ -71,31 +79,41 @@ def method_label(
     "The name of a method as readers see it."
     return method_style(name).label
 
-def _line(label, color=None, **more):
+# %% ../../nbs/0_core/05_plots.ipynb #5438e9fc
+def _line_style(label: str | None, color: str | None = None, **more: Any) -> dict[str, Any]:
+    "Arguments of `Axes.plot` for a method or any other label; None: the style of BA-VQ, without a label."
     s = method_style(label or "ba_vq")
-    style = dict(label=s.label if label else None, color=color or s.color, marker=s.marker, linestyle=s.linestyle)
+    style = {
+        "label": s.label if label else None,
+        "color": color or s.color,
+        "marker": s.marker,
+        "linestyle": s.linestyle,
+    }
     return style | more
 
 # %% ../../nbs/0_core/05_plots.ipynb #deaeb1ca
-STYLE = {"figure.dpi": 80, "font.size": 9, "axes.titlesize": 10, "axes.titlelocation": "left",
-         "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#E6E6E6",
-         "axes.axisbelow": True, "legend.frameon": False, "lines.linewidth": 1.6, "lines.markersize": 5}
+STYLE: dict[Any, Any] = {
+    "figure.dpi": 80, "font.size": 9, "axes.titlesize": 10, "axes.titlelocation": "left",
+    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#E6E6E6",
+    "axes.axisbelow": True, "legend.frameon": False, "lines.linewidth": 1.6, "lines.markersize": 5,
+}
 
 @contextmanager
-def house_style():
+def house_style() -> Iterator[None]:
     "The house style within a `with` block, or as a decorator."
     with plt.rc_context(STYLE):
         yield
         interactive = plt.isinteractive()   # a first figure loads a notebook's backend, which sets this
     plt.interactive(interactive)
 
+# %% ../../nbs/0_core/05_plots.ipynb #aa5c33a3
 @house_style()
 def figure(
     nrows: int = 1,       # rows of panels
     ncols: int = 1,       # columns of panels
     width: float = 4.2,   # of one panel, in inches
     height: float = 2.8,  # of one panel, in inches
-):
+) -> tuple[Figure, Any]:
     "A figure in the house style and its axes, in the form that `plt.subplots` returns them."
     size = (ncols * width, nrows * height)
     return plt.subplots(nrows, ncols, figsize=size, dpi=80, layout="constrained")
@@ -105,113 +123,171 @@ def figure(
 def show_images(
     images: torch.Tensor,      # [N, C, H, W] in [-1, 1]; C is 1 or 3
     ncol: int = 8,             # images in a row
-    ax=None,                   # axes to draw on; None: a new figure
+    ax: Axes | None = None,    # axes to draw on; None: a new figure
     title: str | None = None,  # above the images
-):
+) -> Axes:
     "Draw a grid of images and return the axes."
-    ok = images.ndim == 4 and images.shape[1] in (1, 3) and len(images) and images.is_floating_point()
-    require(ok, f"the images are {list(images.shape)} {images.dtype}: give floats [N, C, H, W] in [-1, 1], C 1 or 3")
-    nrow = -(-len(images) // ncol)
-    if ax is None: ax = figure(width=0.6 * min(ncol, len(images)), height=0.6 * nrow + 0.3 * bool(title))[1]
-    grid = make_grid((images.detach().cpu().float() + 1).clamp(0, 2) / 2, nrow=ncol, padding=1, pad_value=1)
+    is_batch = images.ndim == 4 and images.shape[1] in (1, 3) and len(images) > 0
+    found = f"the images are {list(images.shape)} {images.dtype}"
+    advice = "give floats [N, C, H, W] in [-1, 1], C 1 or 3"
+    require(is_batch and images.is_floating_point(), f"{found}: {advice}")
+    if ax is None:
+        nrow = -(-len(images) // ncol)
+        _, ax = figure(width=0.6 * min(ncol, len(images)), height=0.6 * nrow + 0.3 * bool(title))
+    shown = (images.detach().cpu().float() + 1).clamp(0, 2) / 2
+    grid = make_grid(shown, nrow=ncol, padding=1, pad_value=1)
     ax.imshow(grid.permute(1, 2, 0).numpy(), interpolation="nearest")
-    ax.set_axis_off(); ax.set_title(title or "")
+    ax.set_axis_off()
+    ax.set_title(title or "")
     return ax
 
 # %% ../../nbs/0_core/05_plots.ipynb #e0bd403a
+@house_style()
 def show_rows(
     rows: dict[str, torch.Tensor],  # label: images [N, C, H, W] in [-1, 1], all of one shape
-    ax=None,                        # axes to draw on; None: a new figure
-):
-    "Draw one labelled row of images for each entry, such as originals over reconstructions, and return the axes."
+    ax: Axes | None = None,         # axes to draw on; None: a new figure
+) -> Axes:
+    "Draw a labelled row of images for each entry, such as originals over their copies; return the axes."
     shapes = {label: list(images.shape) for label, images in rows.items()}
-    n, _, h, _ = next(iter(shapes.values()), (0, 0, 0, 0))
-    require(n and len({*map(str, shapes.values())}) == 1, f"the rows have shapes {shapes}: give as many images of one size in each")
-    if ax is None: ax = figure(width=0.6 * n + 1.2, height=0.6 * len(rows))[1]
+    n, _, height, _ = next(iter(shapes.values()), (0, 0, 0, 0))
+    are_alike = n > 0 and len({str(shape) for shape in shapes.values()}) == 1
+    require(are_alike, f"the rows have shapes {shapes}: give as many images of one size in each")
+    if ax is None:
+        _, ax = figure(width=0.6 * n + 1.2, height=0.6 * len(rows))
     show_images(torch.cat(list(rows.values())), n, ax)
-    ax.set_axis_on(); ax.grid(False); ax.spines[:].set_visible(False)
-    ax.set_xticks([]); ax.tick_params(length=0)
-    ax.set_yticks([1 + h / 2 + i * (h + 1) for i in range(len(rows))], [method_label(r) for r in rows], fontsize=9)
+    _label_rows(ax, [method_label(label) for label in rows], height)
     return ax
+
+def _label_rows(ax: Axes, labels: list[str], height: int) -> None:
+    "Write a label beside each row of images, `height` pixels high, with one pixel between rows."
+    ax.set_axis_on()
+    ax.grid(False)
+    ax.spines[:].set_visible(False)
+    ax.set_xticks([])
+    ax.tick_params(length=0)
+    middles = [1 + height / 2 + i * (height + 1) for i in range(len(labels))]
+    ax.set_yticks(middles, labels, fontsize=9)
 
 # %% ../../nbs/0_core/05_plots.ipynb #6e0ee65b
 def cell_borders(
     codes: np.ndarray,  # [K, 2]
 ) -> np.ndarray:
     "End points [R, 2, 2] of the borders between cells of the nearest code; open cells are closed far away."
-    middle, size = codes.mean(0), np.ptp(codes) or 1   # Qhull wants them near 1
-    v = Voronoi(np.vstack([(codes - middle) / size, 1e3 * np.array([[1, 0], [-1, 0], [0, 1], [0, -1]])]))
-    return middle + size * v.vertices[[r for r in v.ridge_vertices if min(r) >= 0]]
+    middle = codes.mean(0)
+    size = np.ptp(codes) or 1   # Qhull wants numbers near 1
+    far = 1e3 * np.array([[1, 0], [-1, 0], [0, 1], [0, -1]])
+    diagram = Voronoi(np.vstack([(codes - middle) / size, far]))
+    closed = [ridge for ridge in diagram.ridge_vertices if min(ridge) >= 0]
+    return middle + size * diagram.vertices[closed]
 
 # %% ../../nbs/0_core/05_plots.ipynb #dfa13de3
 @house_style()
 def plot_codes(
-    points: torch.Tensor,               # [N, 2] data
-    codes: torch.Tensor,                # [K, 2] codes
+    points: torch.Tensor | np.ndarray,  # [N, 2] data
+    codes: torch.Tensor | np.ndarray,   # [K, 2] codes
     usage: torch.Tensor | None = None,  # [K] counts: the area of a code's disc; hollow where 0
-    ax=None,                            # axes to draw on; None: a new figure
+    ax: Axes | None = None,             # axes to draw on; None: a new figure
     title: str | None = None,           # above the axes
     color: str | None = None,           # of the codes
-):
+) -> Axes:
     "Draw data, codes and the borders of the nearest-code cells in the plane, and return the axes."
     x, e = _numpy(points), _numpy(codes)
-    require(x.ndim == e.ndim == 2 and x.shape[1] == e.shape[1] == 2, f"points are {list(x.shape)}, codes {list(e.shape)}: give [N, 2] and [K, 2]")
-    require(np.isfinite(e).all(), "the codes hold NaN or infinity: look for the step at which they diverged")
-    if ax is None: ax = figure(width=3.2, height=3.2)[1]
+    _check_plane(x, e)
+    if ax is None:
+        _, ax = figure(width=3.2, height=3.2)
     ax.plot(*x.T, ".", color="#B8B8B8", markersize=1.5, zorder=1)
-    ax.add_collection(LineCollection(cell_borders(e), colors="#808080", linewidths=0.6, zorder=2), autolim=False)
-    _discs(ax, e, np.ones(len(e)) if usage is None else _numpy(usage), color or COLORS["ba_vq"])
-    both = np.vstack([x, e]); low, high = both.min(0), both.max(0); pad = 0.05 * (high - low).max()
-    ax.set(xlim=(low[0] - pad, high[0] + pad), ylim=(low[1] - pad, high[1] + pad), aspect="equal", title=title or "")
+    borders = LineCollection([*cell_borders(e)], colors="#808080", linewidths=0.6, zorder=2)
+    ax.add_collection(borders, autolim=False)
+    counts = np.ones(len(e)) if usage is None else _numpy(usage)
+    _draw_discs(ax, e, counts, color or COLORS["ba_vq"])
+    _fit_limits(ax, np.vstack([x, e]))
+    ax.set(aspect="equal", title=title or "")
     return ax
 
 # %% ../../nbs/0_core/05_plots.ipynb #487cc0db
-def _discs(ax, e, usage, color):
-    used = usage > 0
-    area = 10 + 18 * usage[used] / max(usage[used].mean(), 1e-12) if used.any() else 10
-    ax.scatter(*e[used].T, s=area, c=color, edgecolors="white", linewidths=0.6, zorder=3)
-    ax.scatter(*e[~used].T, s=22, c="none", edgecolors=color, linewidths=1.1, zorder=4)
+def _numpy(x: Any) -> np.ndarray:
+    "A tensor, or anything that NumPy understands, as float64."
+    return x.detach().cpu().double().numpy() if isinstance(x, torch.Tensor) else np.asarray(x, float)
 
-def _numpy(x): return x.detach().cpu().double().numpy() if isinstance(x, torch.Tensor) else np.asarray(x, float)
+def _check_plane(x: np.ndarray, e: np.ndarray) -> None:
+    "A `BavqError`, unless points and codes lie in the plane."
+    is_plane = x.ndim == e.ndim == 2 and x.shape[1] == e.shape[1] == 2
+    require(is_plane, f"points are {list(x.shape)}, codes {list(e.shape)}: give [N, 2] and [K, 2]")
+    is_finite = bool(np.isfinite(e).all())
+    require(is_finite, "the codes hold NaN or infinity: look for the step at which they diverged")
+
+# %% ../../nbs/0_core/05_plots.ipynb #04b0f8d5
+def _draw_discs(ax: Axes, e: np.ndarray, usage: np.ndarray, color: str) -> None:
+    "A disc at each code, its area by its use; a hollow one where it is unused."
+    used = usage > 0
+    mean = max(usage[used].mean(), 1e-12) if used.any() else 1.0
+    area = 10 + 18 * usage[used] / mean
+    ax.scatter(e[used, 0], e[used, 1], s=area, c=color, edgecolors="white", linewidths=0.6, zorder=3)
+    ax.scatter(e[~used, 0], e[~used, 1], s=22, c="none", edgecolors=color, linewidths=1.1, zorder=4)
+
+def _fit_limits(ax: Axes, points: np.ndarray) -> None:
+    "Limits that show all points [N, 2], with a margin."
+    low, high = points.min(0), points.max(0)
+    margin = 0.05 * (high - low).max()
+    ax.set_xlim(low[0] - margin, high[0] + margin)
+    ax.set_ylim(low[1] - margin, high[1] + margin)
 
 # %% ../../nbs/0_core/05_plots.ipynb #27df8074
 @house_style()
 def plot_usage(
-    counts: torch.Tensor,      # [K] uses of each code
-    ax=None,                   # axes to draw on; None: a new figure
-    label: str | None = None,  # of the line; a method's name brings its style
-    color: str | None = None,  # of the line
-):
+    counts: torch.Tensor | np.ndarray,  # [K] uses of each code
+    ax: Axes | None = None,             # axes to draw on; None: a new figure
+    label: str | None = None,           # of the line; a method's name brings its style
+    color: str | None = None,           # of the line
+) -> Axes:
     "Draw the share of each code against its rank, the uniform share 1/K dashed, and return the axes."
     c = np.sort(_numpy(counts))[::-1]
-    require(c.ndim == 1 and c.sum() > 0, f"counts are {list(c.shape)}, in all {c.sum():g}: give [K] counts, not all 0")
-    K, used = len(c), int((c > 0).sum())
-    if ax is None: ax = figure()[1]
-    right = max(K + 1, ax.get_xlim()[1])
-    if f"1/{K}" not in [l.get_gid() for l in ax.lines]:
-        ax.axhline(1 / K, color="#808080", linestyle=(0, (4, 3)), linewidth=1, gid=f"1/{K}", zorder=1)
-    ax.semilogy(np.arange(1, used + 1), c[:used] / c.sum(), **_line(label, color, markevery=[used - 1]))
+    is_usage = c.ndim == 1 and c.sum() > 0
+    require(bool(is_usage), f"counts are {list(c.shape)}, in all {c.sum():g}: give [K] counts, not all 0")
+    if ax is None:
+        _, ax = figure()
+    right = max(len(c) + 1, ax.get_xlim()[1])
+    _draw_uniform(ax, len(c))
+    used = int((c > 0).sum())
+    style = _line_style(label, color, markevery=[used - 1])
+    ax.semilogy(np.arange(1, used + 1), c[:used] / c.sum(), **style)
     ax.set(xlabel="rank of the code", ylabel="share of all uses", xlim=(0, right))
-    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8)); ax.yaxis.set_minor_locator(NullLocator())
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g} %"))
-    if label: ax.legend()
+    _show_percent(ax)
+    if label:
+        ax.legend()
     return ax
+
+# %% ../../nbs/0_core/05_plots.ipynb #5ae18139
+def _draw_uniform(ax: Axes, K: int) -> None:
+    "The uniform share 1/K as a dashed line, once for each K."
+    name = f"1/{K}"
+    if name not in [line.get_gid() for line in ax.lines]:
+        ax.axhline(1 / K, color="#808080", linestyle=(0, (4, 3)), linewidth=1, gid=name, zorder=1)
+
+def _show_percent(ax: Axes) -> None:
+    "Shares on the second axis as percent, at 1, 2 and 5."
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
+    ax.yaxis.set_minor_locator(NullLocator())
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g} %"))
 
 # %% ../../nbs/0_core/05_plots.ipynb #72353f4d
 @house_style()
 def plot_rd(
-    curve=None,                  # (rate [M], distortion [M]) of a bound; rates in bits
+    curve: tuple | None = None,  # (rate [M], distortion [M]) of a bound; rates in bits
     points: dict | None = None,  # {method or label: (rate, distortion)}, numbers or sequences
-    ax=None,                     # axes to draw on; None: a new figure
-):
+    ax: Axes | None = None,      # axes to draw on; None: a new figure
+) -> Axes:
     "Draw a bound and methods in the rate-distortion plane and return the axes."
-    if ax is None: ax = figure()[1]
-    if curve is not None: ax.plot(*map(_numpy, curve), **_line("bound"))
+    if ax is None:
+        _, ax = figure()
+    if curve is not None:
+        ax.plot(*map(_numpy, curve), **_line_style("bound"))
     for label, point in (points or {}).items():
         rate, distortion = (np.atleast_1d(_numpy(v)) for v in point)
-        ax.plot(rate, distortion, **_line(label))
+        ax.plot(rate, distortion, **_line_style(label))
     ax.set(xlabel="rate [bit per sample]", ylabel="distortion (squared error)")
-    if ax.lines: ax.legend()
+    if ax.lines:
+        ax.legend()
     return ax
 
 # %% ../../nbs/0_core/05_plots.ipynb #395744d7
@@ -219,18 +295,24 @@ def plot_rd(
 def plot_history(
     history: list[dict],       # one dict an epoch, each with "epoch"
     keys: list[str],           # what to draw, a panel for each
-    axes=None,                 # as many axes; None: a new figure
+    axes: Any = None,          # as many axes; None: a new figure
     label: str | None = None,  # of the lines; a method's name brings its style
     color: str | None = None,  # of the lines
-):
+) -> np.ndarray:
     "Draw values over epochs and return the axes."
-    for key in keys: require(any(key in r for r in history), f"the history has no {key!r}: choose from {', '.join(sorted({k for r in history for k in r}))}")
-    axes = np.atleast_1d(figure(1, len(keys), width=3)[1] if axes is None else axes)
+    known = sorted({k for r in history for k in r})
+    for key in keys:
+        require(key in known, f"the history has no {key!r}: choose from {', '.join(known)}")
+    if axes is None:
+        _, axes = figure(1, len(keys), width=3)
+    axes = np.atleast_1d(axes)
     require(len(axes) == len(keys), f"there are {len(keys)} keys and {len(axes)} axes: give as many")
     for ax, key in zip(axes, keys):
         rows = [r for r in history if r.get(key) is not None]
-        every = max(1, len(rows) // 10)
-        ax.plot([r["epoch"] for r in rows], [r[key] for r in rows], **_line(label, color, markevery=every))
-        ax.set(xlabel="epoch", ylabel=key); ax.xaxis.get_major_locator().set_params(integer=True)
-    if label: axes[0].legend()
+        style = _line_style(label, color, markevery=max(1, len(rows) // 10))
+        ax.plot([r["epoch"] for r in rows], [r[key] for r in rows], **style)
+        ax.set(xlabel="epoch", ylabel=key)
+        ax.xaxis.get_major_locator().set_params(integer=True)
+    if label:
+        axes[0].legend()
     return axes

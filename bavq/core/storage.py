@@ -14,7 +14,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 import torch
 from .config import RunConfig, require_same
 from .errors import BavqError, DiskError, require
@@ -122,7 +122,7 @@ def write_weights(
     def write(f):
         keeper = _ErrorKeeper(f)
         try:
-            torch.save(state, keeper)
+            torch.save(state, cast(IO[bytes], keeper))   # it writes and flushes, no more
         except RuntimeError:
             unknown = BavqError(f"{path} cannot be written: torch.save failed; see its message with --debug")
             raise keeper.error or unknown

@@ -9,133 +9,178 @@ import struct
 import zlib
 from copy import deepcopy
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Callable, Iterator, NamedTuple
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
-from ..core.errors import BavqError, choose, require, typed
+from ..core.errors import BavqError, choose, needs, require, typed
 from ..core.storage import atomic_write
 from ..training.data import normalize, read_image
 from .evaluate import as_pixels
 from ..theory.metrics import code_counts
 from ..models.priors import Prior, load_prior, model_hash
 from ..models.vqvae import VQVAE
+from ..training.checkpoints import load_model
 
 # %% auto #0
-__all__ = ['STEPS', 'MARGIN', 'TABLE', 'CODINGS', 'MOST_COUNTED', 'MAGIC', 'VERSION', 'LIMIT', 'HEADER', 'DIGEST', 'coders',
-           'symbols', 'levels', 'weights', 'safe_shift', 'frequency_table', 'fixed_model', 'group_size', 'best_labels',
-           'precise', 'batches', 'write_group', 'read_group', 'encode_indices', 'decode_indices', 'Header', 'digest',
-           'short_hash', 'codes_check', 'tile_grid', 'read_header', 'to_tiles', 'from_tiles', 'check_parts',
-           'image_codes', 'compress', 'read_codes', 'decompress', 'plan', 'load_parts', 'compress_folder',
-           'decompress_folder']
+__all__ = ['encode_indices', 'decode_indices', 'Header', 'read_header', 'image_codes', 'compress', 'read_codes', 'decompress',
+           'compress_folder', 'decompress_folder']
 
 # %% ../../nbs/5_evaluation/03_compression.ipynb #b8dfd55e
-def coders():
+def coders() -> tuple[Any, Any]:
     "The models and the queues of constriction, or a `BavqError` that says how to get it."
-    try: import constriction
-    except ImportError as e: raise BavqError(f"constriction cannot be imported ({e}): pip install 'constriction>=0.4'") from None
+    needs("constriction", extra="eval")
+    import constriction
     return constriction.stream.model, constriction.stream.queue
 
-def symbols(codes: Tensor) -> np.ndarray:
+def as_symbols(codes: Tensor) -> np.ndarray:
     "Codes of any shape as the coder takes them: one line of int32."
     return np.ascontiguousarray(codes.cpu().flatten().numpy(), dtype=np.int32)
 
 # %% ../../nbs/5_evaluation/03_compression.ipynb #9c1573d0
-STEPS, MARGIN = 32, 2.0**-28   # steps a nat; how far from an edge every logit must lie, in steps
+STEPS = 32         # a nat
+MARGIN = 2.0**-28  # how far from an edge every logit must lie, in steps
 TABLE = np.maximum(1, np.round(2.0**24 * np.exp(-np.arange(17 * STEPS) / STEPS)))
 
 def levels(
     logits: Tensor,  # [..., K], in double precision
     shift: int = 0,  # of the edges, in 1/256 of a step
-) -> Tensor:             # [..., K] int64
+) -> Tensor:  # [..., K] int64
     "How many steps each logit lies below the largest of its row, once all are rounded down."
     whole = (logits * STEPS + shift / 256).floor()
     return (whole.amax(-1, keepdim=True) - whole).clamp_max(len(TABLE) - 1).long()
 
-def weights(levels: Tensor) -> np.ndarray:
+def level_weights(levels: Tensor) -> np.ndarray:
     "Probabilities, not normalised: exp(-level / 32), in whole numbers up to 2^24, as floats."
     return TABLE[levels.numpy()]
 
+# %% ../../nbs/5_evaluation/03_compression.ipynb #0ccb02a6
 def safe_shift(logits: Tensor) -> int:
     "The first shift of the edges that keeps every logit, in double precision, away from them."
     for shift in range(256):
         part = (logits * STEPS + shift / 256) % 1
-        if ((part > MARGIN) & (part < 1 - MARGIN)).all(): return shift
+        if ((part > MARGIN) & (part < 1 - MARGIN)).all():
+            return shift
     raise BavqError("the logits of the prior cannot be rounded safely: are all its weights finite?")
 
 # %% ../../nbs/5_evaluation/03_compression.ipynb #e8893690
 def frequency_table(
     codes: Tensor,        # integers, of any shape
     num_embeddings: int,  # K
-) -> np.ndarray:              # [K] uint8
-    "How many steps of 1/16 nat each code is rarer than the most frequent one; 255 for the rarest and those that do not occur."
+) -> np.ndarray:  # [K] uint8
+    "How many steps of 1/16 nat each code is rarer than the most frequent; 255: the rarest and the absent."
     logs = code_counts(codes, num_embeddings).cpu().double().log()
     return ((logs.max() - logs) * STEPS / 2).round().clamp_max(255).byte().numpy()
 
-def fixed_model(num_embeddings: int, table: np.ndarray | None):
-    "What the coder takes where all codes have one distribution: that of a `frequency_table`, or None, all alike."
-    M = coders()[0]
-    return M.Uniform(num_embeddings) if table is None else M.Categorical(weights(2 * torch.from_numpy(table).long()), perfect=False)
+def fixed_model(
+    num_embeddings: int,       # K
+    table: np.ndarray | None,  # of `frequency_table`; None: all codes are alike
+) -> Any:
+    "What the coder takes where all codes have one distribution."
+    models = coders()[0]
+    if table is None:
+        return models.Uniform(num_embeddings)
+    return models.Categorical(level_weights(2 * torch.from_numpy(table).long()), perfect=False)
 
 # %% ../../nbs/5_evaluation/03_compression.ipynb #0324e250
 def group_size(prior: Prior) -> int:
     "Grids that are coded together: at most 256, and at most 2^22 logits."
     return max(1, min(256, 2**22 // (prior.length * prior.num_embeddings)))
 
-@torch.no_grad()
-def best_labels(prior: Prior, indices: Tensor) -> Tensor | None:
-    "The class [N] under which each grid is likeliest; None where the prior knows no classes."
-    count = prior.condition.num_classes
-    if not count: return None
-    costs = lambda x: torch.stack([prior.nll(x, torch.full((len(x),), c, device=x.device)) for c in range(count)]).argmin(0)
-    return torch.cat([costs(x) for x in indices.to(prior.embed.weight.device).split(256)]).cpu()
-
-def precise(prior: Prior) -> Prior:
+def in_double_precision(prior: Prior) -> Prior:
     "Its copy on the CPU in double precision."
     return deepcopy(prior).cpu().double().eval()
 
-def batches(n: int, size: int, cond: Tensor | None = None):
+def row_batches(n: int, size: int, labels: Tensor | None = None) -> Iterator[tuple[slice, Tensor | None]]:
     "(rows, their labels) of every batch of at most `size` of n grids."
-    return [(s := slice(i, min(n, i + size)), None if cond is None else cond[s]) for i in range(0, n, size)]
+    for start in range(0, n, size):
+        rows = slice(start, min(n, start + size))
+        yield rows, None if labels is None else labels[rows]
+
+# %% ../../nbs/5_evaluation/03_compression.ipynb #c5d87fff
+@torch.no_grad()
+def best_labels(
+    prior: Prior,     # that may know classes
+    indices: Tensor,  # [N, H, W]
+) -> Tensor | None:   # [N]
+    "The class under which each grid is likeliest; None where the prior knows no classes."
+    count = prior.condition.num_classes
+    if not count:
+        return None
+    best = []
+    for x in indices.to(next(prior.parameters()).device).split(256):
+        labels = [torch.full((len(x),), c, device=x.device) for c in range(count)]
+        best.append(torch.stack([prior.nll(x, label) for label in labels]).argmin(0))
+    return torch.cat(best).cpu()
 
 # %% ../../nbs/5_evaluation/03_compression.ipynb #2c3c2224
 @torch.no_grad()
 def write_group(
-    encoder,              # a RangeEncoder
-    prior: Prior,         # from `precise`
-    indices: Tensor,      # [n, H, W]
-    cond: Tensor | None,  # labels [n], or None
-    batch_size: int,      # grids at a time; does not change the bytes
+    encoder: Any,           # a RangeEncoder
+    prior: Prior,           # from `in_double_precision`
+    indices: Tensor,        # [n, H, W]
+    labels: Tensor | None,  # [n], or None
+    batch_size: int,        # grids at a time; does not change the bytes
 ) -> None:
     "Shift, labels, then the codes, place by place."
-    M, classes = coders()[0], prior.condition.num_classes
-    logits = torch.cat([prior.logits(indices[s], c) for s, c in batches(len(indices), batch_size, cond)]).flatten(1, 2)
+    models = coders()[0]
+    classes = prior.condition.num_classes
+    parts = [prior.logits(indices[rows], c) for rows, c in row_batches(len(indices), batch_size, labels)]
+    logits = torch.cat(parts).flatten(1, 2)
     shift = safe_shift(logits)
-    encoder.encode(np.array([shift], np.int32), M.Uniform(256))
-    if classes > 1: encoder.encode(symbols(cond), M.Uniform(classes))
+    encoder.encode(np.array([shift], np.int32), models.Uniform(256))
+    if labels is not None and classes > 1:
+        encoder.encode(as_symbols(labels), models.Uniform(classes))
+    family = models.Categorical(perfect=False)
+    codes = indices.flatten(1)
     for t in range(prior.length):
-        encoder.encode(symbols(indices.flatten(1)[:, t]), M.Categorical(perfect=False), weights(levels(logits[:, t], shift)))
+        encoder.encode(as_symbols(codes[:, t]), family, level_weights(levels(logits[:, t], shift)))
+
+# %% ../../nbs/5_evaluation/03_compression.ipynb #3e4663cd
+def _read_labels(decoder, classes, n):
+    "The labels [n] of a group; None where the prior knows no classes. One class needs no bits."
+    if classes > 1:
+        return torch.from_numpy(decoder.decode(coders()[0].Uniform(classes), n)).long()
+    return torch.zeros(n, dtype=torch.long) if classes else None
 
 @torch.no_grad()
 def read_group(
-    decoder,          # a RangeDecoder
-    prior: Prior,     # from `precise`
+    decoder: Any,     # a RangeDecoder
+    prior: Prior,     # from `in_double_precision`
     n: int,           # grids
     batch_size: int,  # grids at a time
-) -> Tensor:              # [n, H, W]
+) -> Tensor:  # [n, H, W]
     "What `write_group` wrote."
-    M, classes = coders()[0], prior.condition.num_classes
-    shift = int(decoder.decode(M.Uniform(256), 1)[0])
-    cond = torch.from_numpy(decoder.decode(M.Uniform(classes), n)).long() if classes > 1 else torch.zeros(n, dtype=torch.long) if classes else None
-    indices, parts = torch.zeros(n, *prior.grid, dtype=torch.long), [(s, c, {}) for s, c in batches(n, batch_size, cond)]
+    models = coders()[0]
+    shift = int(decoder.decode(models.Uniform(256), 1)[0])
+    labels = _read_labels(decoder, prior.condition.num_classes, n)
+    indices = torch.zeros(n, *prior.grid, dtype=torch.long)
+    codes = indices.flatten(1)  # a view
+    parts: list[tuple] = [(rows, c, {}) for rows, c in row_batches(n, batch_size, labels)]  # {}: a cache
+    family = models.Categorical(perfect=False)
     for t in range(prior.length):
-        logits = torch.cat([prior.next_logits(indices[s], t, c, cache) for s, c, cache in parts])
-        indices.flatten(1)[:, t] = torch.from_numpy(decoder.decode(M.Categorical(perfect=False), weights(levels(logits, shift)))).long()
+        logits = torch.cat([prior.next_logits(indices[rows], t, c, cache) for rows, c, cache in parts])
+        read = decoder.decode(family, level_weights(levels(logits, shift)))
+        codes[:, t] = torch.from_numpy(read).long()
     return indices
 
 # %% ../../nbs/5_evaluation/03_compression.ipynb #51fd3378
-CODINGS, MOST_COUNTED = dict(uniform=0, marginal=1, prior=2), 2**16   # codes, a byte each in the file
+CODINGS = {"uniform": 0, "marginal": 1, "prior": 2}
+MOST_COUNTED = 2**16  # codes that a table of frequencies may have, a byte each in the file
 
+def _encode_alike(encoder, indices, K, table):
+    "Codes that all have one distribution."
+    encoder.encode(as_symbols(indices), fixed_model(K, table))
+
+def _encode_by_prior(encoder, indices, prior, batch_size):
+    "Codes in groups of grids, by the probabilities of a prior."
+    double = in_double_precision(prior)
+    labels = best_labels(prior, indices)
+    for rows, c in row_batches(len(indices), group_size(prior), labels):
+        write_group(encoder, double, indices[rows].cpu(), c, batch_size)
+
+# %% ../../nbs/5_evaluation/03_compression.ipynb #a69e3cee
 def encode_indices(
     indices: Tensor,             # [N, H, W] int64
     num_embeddings: int,         # K
@@ -144,39 +189,59 @@ def encode_indices(
     batch_size: int = 64,        # grids that the prior sees at a time; does not change the bytes
 ) -> bytes:
     "Grids as bytes: the table of frequencies, where there is one, then the words of the coder."
-    require(coding != "marginal" or num_embeddings <= MOST_COUNTED, f"{num_embeddings} codes are too many for a table of their frequencies: give coding uniform, or a prior")
-    encoder, table = coders()[1].RangeEncoder(), None
-    if choose(coding, CODINGS, "coding") < 2:
-        table = frequency_table(indices, num_embeddings) if coding == "marginal" else None
-        encoder.encode(symbols(indices), fixed_model(num_embeddings, table))
+    K = num_embeddings
+    choose(coding, CODINGS, "coding")
+    few = coding != "marginal" or K <= MOST_COUNTED
+    require(few, f"{K} codes are too many for a table of their frequencies: give coding uniform, or a prior")
+    encoder = coders()[1].RangeEncoder()
+    head = b""
+    if coding == "prior":
+        _encode_by_prior(encoder, indices, prior, batch_size)
+    elif coding == "marginal":
+        table = frequency_table(indices, K)
+        head = table.tobytes()
+        _encode_alike(encoder, indices, K, table)
     else:
-        double, labels, size = precise(prior), best_labels(prior, indices), group_size(prior)
-        for s, c in batches(len(indices), size, labels): write_group(encoder, double, indices[s].cpu(), c, batch_size)
-    return (b"" if table is None else table.tobytes()) + encoder.get_compressed().astype("<u4").tobytes()
+        _encode_alike(encoder, indices, K, None)
+    return head + encoder.get_compressed().astype("<u4").tobytes()
 
+# %% ../../nbs/5_evaluation/03_compression.ipynb #c8ed8de3
+def _split_table(data, K, coding):
+    "The table of frequencies, or None, and a decoder of the words behind it."
+    table = None
+    if coding == "marginal":
+        table = np.frombuffer(data[:K], np.uint8).copy()
+        data = data[K:]
+    whole = len(data) % 4 == 0 and (table is None or len(table) == K)
+    require(whole, "the codes are not whole: the file is damaged")
+    return table, coders()[1].RangeDecoder(np.frombuffer(data, "<u4").astype(np.uint32))
+
+def _decode_by_prior(decoder, n, prior, batch_size):
+    "What `_encode_by_prior` wrote."
+    double = in_double_precision(prior)
+    groups = [rows.stop - rows.start for rows, _ in row_batches(n, group_size(prior))]
+    return torch.cat([read_group(decoder, double, size, batch_size) for size in groups])
+
+# %% ../../nbs/5_evaluation/03_compression.ipynb #0762c187
 def decode_indices(
-    data: bytes,                   # from `encode_indices`
-    shape: tuple[int, int, int],   # (N, H, W)
-    num_embeddings: int,           # K
-    coding: str,                   # as it was written
-    prior: Prior | None = None,    # likewise
-    batch_size: int = 64,          # grids that the prior sees at a time
-) -> Tensor:                           # [N, H, W] int64
+    data: bytes,                  # from `encode_indices`
+    shape: tuple[int, int, int],  # (N, H, W)
+    num_embeddings: int,          # K
+    coding: str,                  # as it was written
+    prior: Prior | None = None,   # likewise
+    batch_size: int = 64,         # grids that the prior sees at a time
+) -> Tensor:  # [N, H, W] int64
     "The grids, if the bytes are unchanged; with other bytes they may be any."
-    K, table = num_embeddings, np.frombuffer(data[:num_embeddings], np.uint8).copy() if coding == "marginal" else None
-    rest = data[K if coding == "marginal" else 0:]
-    require(len(rest) % 4 == 0 and (table is None or len(table) == K), "the codes are not whole: the file is damaged")
-    decoder, n = coders()[1].RangeDecoder(np.frombuffer(rest, "<u4").astype(np.uint32)), shape[0]
+    table, decoder = _split_table(data, num_embeddings, coding)
     try:
-        if coding != "prior": return torch.from_numpy(decoder.decode(fixed_model(K, table), int(np.prod(shape)))).long().view(shape)
-        double, size = precise(prior), group_size(prior)
-        return torch.cat([read_group(decoder, double, s.stop - s.start, batch_size) for s, _ in batches(n, size)])
-    except AssertionError: raise BavqError("the codes cannot be read: the file is damaged") from None
+        if coding == "prior":
+            return _decode_by_prior(decoder, shape[0], prior, batch_size)
+        codes = decoder.decode(fixed_model(num_embeddings, table), int(np.prod(shape)))
+        return torch.from_numpy(codes).long().view(shape)
+    except AssertionError:
+        raise BavqError("the codes cannot be read: the file is damaged") from None
 
 # %% ../../nbs/5_evaluation/03_compression.ipynb #64cabd0b
-MAGIC, VERSION, LIMIT = b"BAVQ", 1, 2**30   # bytes of pixels that one file may hold
-HEADER, DIGEST = struct.Struct("<4sBB8s8sIIIBHI"), 8
-
 class Header(NamedTuple):
     "The first bytes of a file."
     magic: bytes
@@ -191,26 +256,52 @@ class Header(NamedTuple):
     tile: int     # side of the squares that the images are cut into
     check: int    # CRC-32 of the codes
 
-def digest(data: bytes) -> bytes: return hashlib.sha256(data).digest()[:DIGEST]
-def short_hash(model) -> bytes: return bytes.fromhex(model_hash(model)[:16]) if model is not None else bytes(8)
-def codes_check(indices: Tensor) -> int: return zlib.crc32(symbols(indices).astype("<i4").tobytes())
+# %% ../../nbs/5_evaluation/03_compression.ipynb #1028c422
+MAGIC = b"BAVQ"
+VERSION = 1
+LIMIT = 2**30  # bytes of pixels that one file may hold
+HEADER = struct.Struct("<4sBB8s8sIIIBHI")
+DIGEST = 8     # bytes of the checksum at the end
 
+def digest(data: bytes) -> bytes:
+    "The checksum of a file's bytes."
+    return hashlib.sha256(data).digest()[:DIGEST]
+
+def short_hash(model: VQVAE | Prior | None) -> bytes:
+    "The first eight bytes of a model's hash; zeros: no model."
+    return bytes(8) if model is None else bytes.fromhex(model_hash(model)[:16])
+
+def codes_check(indices: Tensor) -> int:
+    "CRC-32 of codes."
+    return zlib.crc32(as_symbols(indices).astype("<i4").tobytes())
+
+# %% ../../nbs/5_evaluation/03_compression.ipynb #2aeab60b
 def tile_grid(h: Header) -> tuple[int, int, int]:
-    "How many grids the images make, and the height and width of each; or a `BavqError` where the sizes cannot be."
+    "How many grids the images make, and their height and width; a `BavqError` where the sizes cannot be."
+    images = f"{h.n} images of {h.channels} channels, {h.height} by {h.width} pixels, in tiles of {h.tile}"
     ok = min(h.n, h.height, h.width, h.tile) >= 1 and h.channels in (1, 3) and h.tile % 4 == 0
-    require(ok, f"{h.n} images of {h.channels} channels, {h.height} by {h.width} pixels, in tiles of {h.tile}: give 1 or 3 channels, and a tile that is a multiple of 4")
+    require(ok, f"{images}: give 1 or 3 channels, and a tile that is a multiple of 4")
     tiles = h.n * -(-h.height // h.tile) * -(-h.width // h.tile)
-    require(tiles * h.tile**2 * h.channels <= LIMIT, f"{h.n} images of {h.height} by {h.width} pixels are more than {LIMIT >> 20} MiB: put fewer into a file")
+    fits = tiles * h.tile**2 * h.channels <= LIMIT
+    size = f"{h.n} images of {h.height} by {h.width} pixels"
+    require(fits, f"{size} are more than {LIMIT >> 20} MiB: put fewer into a file")
     return tiles, h.tile // 4, h.tile // 4
 
 # %% ../../nbs/5_evaluation/03_compression.ipynb #b84ad1d0
-def read_header(data: bytes) -> Header:
+def read_header(
+    data: bytes,  # of a file
+) -> Header:
     "What a file says of itself, after its checksum has been verified; allocates nothing."
-    require(len(data) >= HEADER.size + DIGEST and data[:4] == MAGIC, f"these {len(data)} bytes are not a file of bavq's: give one that `compress` wrote")
-    require(data[4] == VERSION, f"the file has version {data[4]}, and this bavq reads version {VERSION}: install a newer one")
-    require(digest(data[:-DIGEST]) == data[-DIGEST:], "the file is damaged (its checksum is wrong): fetch it again")
-    h = Header(*HEADER.unpack(data[:HEADER.size]))
-    require(h.coding in CODINGS.values(), f"the file has coding {h.coding}, and this bavq knows {sorted(CODINGS.values())}: install a newer one")
+    known = len(data) >= HEADER.size + DIGEST and data[:4] == MAGIC
+    require(known, f"these {len(data)} bytes are not a file of bavq's: give one that `compress` wrote")
+    newer = f"and this bavq reads version {VERSION}: install a newer one"
+    require(data[4] == VERSION, f"the file has version {data[4]}, {newer}")
+    intact = digest(data[:-DIGEST]) == data[-DIGEST:]
+    require(intact, "the file is damaged (its checksum is wrong): fetch it again")
+    h = Header(*HEADER.unpack(data[: HEADER.size]))
+    codings = sorted(CODINGS.values())
+    newer = f"and this bavq knows {codings}: install a newer one"
+    require(h.coding in codings, f"the file has coding {h.coding}, {newer}")
     tile_grid(h)
     return h
 
@@ -220,78 +311,139 @@ def to_tiles(images: Tensor, tile: int) -> Tensor:
     H, W = images.shape[2:]
     y, x = (torch.arange(-(-n // tile) * tile).clamp_max(n - 1) for n in (H, W))
     padded = images[:, :, y][:, :, :, x]
-    return padded.unflatten(3, (-1, tile)).unflatten(2, (-1, tile)).permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
+    grid = padded.unflatten(3, (-1, tile)).unflatten(2, (-1, tile))
+    return grid.permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
 
 def from_tiles(tiles: Tensor, n: int, height: int, width: int) -> Tensor:
     "The images [n, C, height, width] again, without what was added."
     tile = tiles.shape[-1]
-    grid = tiles.view(n, -(-height // tile), -(-width // tile), *tiles.shape[1:]).permute(0, 3, 1, 4, 2, 5)
+    rows, columns = (-(-size // tile) for size in (height, width))
+    grid = tiles.view(n, rows, columns, *tiles.shape[1:]).permute(0, 3, 1, 4, 2, 5)
     return grid.flatten(4, 5).flatten(2, 3)[:, :, :height, :width]
 
 # %% ../../nbs/5_evaluation/03_compression.ipynb #9d8c18ad
+def _check_model(model):
+    "A `BavqError` unless the model has one grid of codes and decodes it without labels."
+    ok = isinstance(model, VQVAE) and not model.decoder.num_classes
+    cure = "give a VQVAE with one grid of codes, and a decoder that needs no labels"
+    require(ok, f"the model is a {type(model).__name__}: {cure}")
+
+def _check_prior(prior, K, tile):
+    "A `BavqError` unless the prior predicts a code from those before it, of K codes, on the grid of a tile."
+    ok = isinstance(prior, Prior) and prior.causal
+    cure = "give a PixelCNN or a Transformer, which predict a code from those before it"
+    require(ok, f"the prior is a {type(prior).__name__}: {cure}")
+    alone = not prior.condition.top_embeddings
+    require(alone, "the prior needs a coarser grid: give one without levels")
+    codes = f"the prior is for {prior.num_embeddings} codes, the model has {K}"
+    require(prior.num_embeddings == K, f"{codes}: give the prior of this model")
+    grid = (tile // 4, tile // 4)
+    sizes = f"the prior is for grids of {prior.grid}, tiles of {tile} make {grid}"
+    require(prior.grid == grid, f"{sizes}: set tile to {4 * prior.grid[0]}")
+
+def codebook_size(model: VQVAE) -> int:
+    "K, the number of a model's codes."
+    quantizer: Any = model.quantizer
+    return quantizer.num_embeddings
+
 def check_parts(model: VQVAE, prior: Prior | None, tile: int) -> None:
     "Raise a `BavqError` unless they fit together."
-    require(isinstance(model, VQVAE) and not model.decoder.num_classes, f"the model is a {type(model).__name__}: give a VQVAE with one grid of codes, and a decoder that needs no labels")
-    if prior is None: return
-    require(isinstance(prior, Prior) and prior.causal, f"the prior is a {type(prior).__name__}: give a PixelCNN or a Transformer, which predict a code from those before it")
-    require(not prior.condition.top_embeddings, "the prior needs a coarser grid: give one without levels")
-    K = model.quantizer.num_embeddings
-    require(prior.num_embeddings == K, f"the prior is for {prior.num_embeddings} codes, the model has {K}: give the prior of this model")
-    require(prior.grid == (tile // 4, tile // 4), f"the prior is for grids of {prior.grid}, tiles of {tile} make {(tile // 4, tile // 4)}: set tile to {4 * prior.grid[0]}")
+    _check_model(model)
+    if prior is not None:
+        _check_prior(prior, codebook_size(model), tile)
 
+# %% ../../nbs/5_evaluation/03_compression.ipynb #5ba2149f
 @torch.no_grad()
-def image_codes(images: Tensor, model: VQVAE, tile: int, batch_size: int) -> Tensor:
-    "The codes [tiles, tile/4, tile/4], on the CPU, of images [N, C, H, W] uint8."
-    device, tiles = next(model.parameters()).device, to_tiles(images, tile)
-    indices = torch.cat([model.encode(normalize(x.to(device))).cpu() for x in tiles.split(batch_size)])
-    require(indices.shape[1:] == (tile // 4, tile // 4), f"the codes of a tile are {list(indices.shape[1:])}: give a model with one grid of {tile // 4} by {tile // 4}")
+def image_codes(
+    images: Tensor,   # [N, C, H, W] uint8
+    model: VQVAE,     # with one grid of codes, a fourth of the image's side
+    tile: int,        # side of the squares that images are cut into
+    batch_size: int,  # tiles at a time
+) -> Tensor:  # [tiles, tile/4, tile/4]
+    "The codes of images, on the CPU."
+    device = next(model.parameters()).device
+    tiles = to_tiles(images, tile).split(batch_size)
+    indices = torch.cat([model.encode(normalize(x.to(device))).cpu() for x in tiles])
+    side = tile // 4
+    found = list(indices.shape[1:])
+    cure = f"give a model with one grid of {side} by {side}"
+    require(found == [side, side], f"the codes of a tile are {found}: {cure}")
     return indices
 
 # %% ../../nbs/5_evaluation/03_compression.ipynb #a9af8e13
+def _check_images(images):
+    "A `BavqError` unless they are uint8 [N, C, H, W]."
+    ok = torch.is_tensor(images) and images.ndim == 4 and images.dtype == torch.uint8
+    kind = getattr(images, "dtype", type(images).__name__)
+    require(ok, f"the images are {kind} {list(getattr(images, 'shape', []))}: give uint8 [N, C, H, W]")
+
+def _codings_to_try(coding, prior, K):
+    "The coding that was asked for; or by the prior, or without one those of which the shorter is taken."
+    if coding:
+        return [coding]
+    if prior is not None:
+        return ["prior"]
+    return ["uniform", "marginal"] if K <= MOST_COUNTED else ["uniform"]
+
+# %% ../../nbs/5_evaluation/03_compression.ipynb #e5892593
 @typed
 def compress(
     images: Tensor,              # [N, C, H, W] uint8
     model: VQVAE,                # a trained one, in evaluation mode
     prior: Prior | None = None,  # of its codes: a PixelCNN or a Transformer
-    coding: str = "",            # uniform, marginal or prior; empty: by the prior, or without one the shorter of the two
-    tile: int = 32,              # side of the squares that images are cut into: that of the images it was trained on
+    coding: str = "",            # uniform, marginal or prior; empty: by the prior, or the shorter of the rest
+    tile: int = 32,              # side of the squares that images are cut into: that of the training images
     batch_size: int = 64,        # tiles at a time
 ) -> bytes:
     "Images as one file: header, codes, checksum."
-    ok = torch.is_tensor(images) and images.ndim == 4 and images.dtype == torch.uint8
-    require(ok, f"the images are {getattr(images, 'dtype', type(images).__name__)} {list(getattr(images, 'shape', []))}: give uint8 [N, C, H, W]")
+    _check_images(images)
     n, C, H, W = images.shape
     require(batch_size >= 1, f"batch_size is {batch_size}: give at least 1")
     check_parts(model, prior, tile)
-    tile_grid(h := Header(MAGIC, VERSION, 0, short_hash(model), bytes(8), n, H, W, C, tile, 0))
+    h = Header(MAGIC, VERSION, 0, short_hash(model), bytes(8), n, H, W, C, tile, 0)
+    tile_grid(h)
     require(coding != "prior" or prior is not None, "coding by a prior was asked for: give the prior")
-    indices, K = image_codes(images.cpu(), model, tile, batch_size), model.quantizer.num_embeddings
-    ways = [coding] if coding else ["prior"] if prior is not None else ["uniform", "marginal"][:2 if K <= MOST_COUNTED else 1]
-    bodies = {way: encode_indices(indices, K, way, prior, batch_size) for way in ways}
-    way = min(ways, key=lambda w: len(bodies[w]))
-    h = h._replace(coding=CODINGS[way], prior=short_hash(prior if way == "prior" else None), check=codes_check(indices))
-    data = HEADER.pack(*h) + bodies[way]
+    K = codebook_size(model)
+    indices = image_codes(images.cpu(), model, tile, batch_size)
+    codings = _codings_to_try(coding, prior, K)
+    bodies = {c: encode_indices(indices, K, c, prior, batch_size) for c in codings}
+    best = min(codings, key=lambda c: len(bodies[c]))
+    written_by = prior if best == "prior" else None
+    h = h._replace(coding=CODINGS[best], prior=short_hash(written_by), check=codes_check(indices))
+    data = HEADER.pack(*h) + bodies[best]
     return data + digest(data)
 
 # %% ../../nbs/5_evaluation/03_compression.ipynb #a49db92d
+def _check_writer(kind, wanted, found):
+    "A `BavqError` unless a file's model or prior is the one at hand; both as short hashes."
+    with_which = f"the file was written with {kind} {wanted.hex()}, and this one is {found.hex()}"
+    require(wanted == found, f"{with_which}: give the {kind} that wrote it")
+
+# %% ../../nbs/5_evaluation/03_compression.ipynb #54b3ecef
 def read_codes(
     data: bytes,                 # of `compress`
     model: VQVAE,                # the same
     prior: Prior | None = None,  # the same, where one was used
     batch_size: int = 64,        # tiles at a time
-) -> Tensor:                         # [tiles, h, w] int64
+) -> Tensor:  # [tiles, h, w] int64
     "The codes of a file, exactly, or a `BavqError`."
-    h, found = read_header(data), short_hash(model)
+    h = read_header(data)
+    _check_writer("model", h.model, short_hash(model))
     coding = list(CODINGS)[h.coding]
-    require(h.model == found, f"the file was written with model {h.model.hex()}, and this one is {found.hex()}: give the model that wrote it")
     if coding == "prior":
         require(prior is not None, f"the file was written with prior {h.prior.hex()}: give that prior")
-        require(h.prior == short_hash(prior), f"the file was written with prior {h.prior.hex()}, and this one is {short_hash(prior).hex()}: give the prior that wrote it")
-    check_parts(model, prior if coding == "prior" else None, h.tile)
-    indices = decode_indices(data[HEADER.size:-DIGEST], tile_grid(h), model.quantizer.num_embeddings, coding, prior, batch_size)
-    require(codes_check(indices) == h.check, "the codes came out wrong, though the file is whole: this machine computes the prior otherwise; decompress where the file was written")
+        _check_writer("prior", h.prior, short_hash(prior))
+    else:
+        prior = None
+    check_parts(model, prior, h.tile)
+    body = data[HEADER.size : -DIGEST]
+    K = codebook_size(model)
+    indices = decode_indices(body, tile_grid(h), K, coding, prior, batch_size)
+    why = "the codes came out wrong, though the file is whole: this machine computes the prior otherwise"
+    require(codes_check(indices) == h.check, f"{why}; decompress where the file was written")
     return indices
 
+# %% ../../nbs/5_evaluation/03_compression.ipynb #d3118aaf
 @torch.no_grad()
 @typed
 def decompress(
@@ -299,68 +451,113 @@ def decompress(
     model: VQVAE,                # the one that wrote it
     prior: Prior | None = None,  # the one that wrote it, where one did
     batch_size: int = 64,        # tiles at a time
-) -> Tensor:                         # [N, C, H, W] uint8
+) -> Tensor:  # [N, C, H, W] uint8
     "What the model makes of the codes in a file."
     require(batch_size >= 1, f"batch_size is {batch_size}: give at least 1")
-    h, indices = read_header(data), read_codes(data, model, prior, batch_size)
+    h = read_header(data)
+    indices = read_codes(data, model, prior, batch_size)
     device = next(model.parameters()).device
-    tiles = torch.cat([as_pixels(model.decode_codes(k.to(device))).cpu() for k in indices.split(batch_size)])
+    decoded = [model.decode_codes(codes.to(device)) for codes in indices.split(batch_size)]
+    tiles = torch.cat([as_pixels(x).cpu() for x in decoded])
     return from_tiles(tiles, h.n, h.height, h.width)
 
 # %% ../../nbs/5_evaluation/03_compression.ipynb #3e3fba9e
-def plan(folder: str | Path, out: str | Path, suffixes: tuple, rename) -> dict[Path, Path]:
-    "Which file of a folder becomes which in `out`, or a `BavqError`: no such folder, nothing in it, or something in the way."
+def plan_files(
+    folder: str | Path,             # with files
+    out: str | Path,                # where others will lie
+    suffixes: tuple[str, ...],      # of the files that count
+    rename: Callable[[str], str],   # a file's name to that of its counterpart
+) -> dict[Path, Path]:
+    "Which file becomes which, or a `BavqError`: no such folder, nothing in it, or something in the way."
     folder, out = Path(folder), Path(out)
     require(folder.is_dir(), f"there is no folder {folder}: check the path")
-    jobs = {f: out / rename(f.name) for f in sorted(folder.iterdir()) if f.suffix.lower() in suffixes and f.is_file()}
-    require(jobs, f"{folder} holds no file that ends in {', '.join(suffixes)}: check the path")
-    targets, taken = [*jobs.values()], [f for f in jobs.values() if f.exists()]
+    files = [f for f in sorted(folder.iterdir()) if f.suffix.lower() in suffixes and f.is_file()]
+    jobs = {f: out / rename(f.name) for f in files}
+    require(bool(jobs), f"{folder} holds no file that ends in {', '.join(suffixes)}: check the path")
+    targets = list(jobs.values())
     twice = next((f.name for f in targets if targets.count(f) > 1), "")
     require(not twice, f"two files of {folder} would both become {twice}: rename one of them")
-    require(not taken, f"{len(taken)} of the files are there already, {next(iter(taken), '')} among them: give another folder, or remove them")
+    taken = [f for f in targets if f.exists()]
+    if taken:
+        cure = "give another folder, or remove them"
+        raise BavqError(f"{len(taken)} of the files are there already, {taken[0]} among them: {cure}")
     return jobs
 
-def load_parts(run: str | Path, prior: str | Path):
+def load_parts(
+    run: str | Path,    # folder of a trained autoencoder
+    prior: str | Path,  # folder of a prior; empty: none
+) -> tuple[VQVAE, Prior | None, int]:
     "Model, prior (None: no folder given), and the side of their tiles."
-    from bavq.training.checkpoints import load_model
-    (model, config), p = load_model(run), load_prior(prior) if prior else None
-    return model, p, 4 * p.grid[0] if p is not None else config.image_size or 32
+    model, config = load_model(run)
+    if not prior:
+        return model, None, config.image_size or 32
+    p = load_prior(prior)
+    return model, p, 4 * p.grid[0]
 
 # %% ../../nbs/5_evaluation/03_compression.ipynb #ce5e7496
+def _read_pixels(path, grey):
+    "A picture as uint8 [1, C, H, W], of one channel or of three."
+    image = np.asarray(read_image(path).convert("L" if grey else "RGB")).copy()
+    return torch.from_numpy(image).view(1, *image.shape[:2], -1).permute(0, 3, 1, 2)
+
+def _bits_per_pixel(data_bytes, pixels):
+    "As it is printed."
+    return f"{8 * data_bytes / pixels:.3f} bits per pixel"
+
+# %% ../../nbs/5_evaluation/03_compression.ipynb #02e910de
 def compress_folder(
-    run: str | Path,      # folder of a trained autoencoder
-    folder: str | Path,   # of images: PNG, JPEG, WebP or BMP
-    out: str | Path,      # where NAME.bavq will lie
+    run: str | Path,         # folder of a trained autoencoder
+    folder: str | Path,      # of images: PNG, JPEG, WebP or BMP
+    out: str | Path,         # where NAME.bavq will lie
     prior: str | Path = "",  # folder of a prior of this run; empty: none
-    coding: str = "",     # uniform, marginal or prior; empty: by the prior, or the shorter of the other two
-) -> int:                     # bytes of all files
+    coding: str = "",        # uniform, marginal or prior; empty: by the prior, or the shorter of the others
+) -> int:  # bytes of all files
     "Write a file for each image, and print a line for each."
-    jobs = plan(folder, out, (".png", ".jpg", ".jpeg", ".webp", ".bmp"), lambda name: name + ".bavq")
+    jobs = plan_files(folder, out, (".png", ".jpg", ".jpeg", ".webp", ".bmp"), lambda name: name + ".bavq")
     model, p, tile = load_parts(run, prior)
-    grey, total, pixels = model.decoder.layers[-1].out_channels == 1, 0, 0
+    grey = model.decoder.layers[-1].out_channels == 1
+    total = 0
+    pixels = 0
     for source, target in jobs.items():
-        image = np.asarray(read_image(source).convert("L" if grey else "RGB"))
-        data = compress(torch.from_numpy(image.copy()).view(1, *image.shape[:2], -1).permute(0, 3, 1, 2), model, p, coding, tile)
+        image = _read_pixels(source, grey)
+        data = compress(image, model, p, coding, tile)
         atomic_write(target, lambda f: f.write(data))
-        print(f"{source.name}: {image.shape[1]} x {image.shape[0]}, {len(data)} bytes, {8 * len(data) / image.shape[0] / image.shape[1]:.3f} bits per pixel")
-        total, pixels = total + len(data), pixels + image.shape[0] * image.shape[1]
-    print(f"{len(jobs)} images, {total} bytes, {8 * total / pixels:.3f} bits per pixel")
+        height, width = image.shape[2:]
+        size = f"{width} x {height}, {len(data)} bytes, {_bits_per_pixel(len(data), height * width)}"
+        print(f"{source.name}: {size}")
+        total += len(data)
+        pixels += height * width
+    print(f"{len(jobs)} images, {total} bytes, {_bits_per_pixel(total, pixels)}")
     return total
 
+# %% ../../nbs/5_evaluation/03_compression.ipynb #49b9c5bd
+def _png_name(name):
+    "cat.png.bavq becomes cat.png, and cat.bavq too."
+    stem = name[: -len(".bavq")]
+    return stem if stem.lower().endswith(".png") else stem + ".png"
+
+def _write_png(path, image):
+    "Write uint8 [C, H, W] as a PNG, whole or not at all."
+    pixels = image.permute(1, 2, 0).squeeze(-1).numpy()
+    atomic_write(path, lambda f: Image.fromarray(pixels).save(f, "PNG"))
+
+# %% ../../nbs/5_evaluation/03_compression.ipynb #c70ac722
 def decompress_folder(
-    run: str | Path,      # folder of the autoencoder that wrote them
-    folder: str | Path,   # of .bavq files
-    out: str | Path,      # where the PNG files will lie
+    run: str | Path,         # folder of the autoencoder that wrote them
+    folder: str | Path,      # of .bavq files
+    out: str | Path,         # where the PNG files will lie
     prior: str | Path = "",  # folder of the prior that wrote them; empty: none
-) -> int:                     # images
+) -> int:  # images
     "Read every file of a folder, and write its image as PNG."
-    from torchvision.io import encode_png
-    jobs = plan(folder, out, (".bavq",), lambda name: name[:-5] if name.lower().endswith(".png.bavq") else name[:-5] + ".png")
+    jobs = plan_files(folder, out, (".bavq",), _png_name)
     model, p, _ = load_parts(run, prior)
     for source, target in jobs.items():
-        try: images = decompress(source.read_bytes(), model, p)
-        except BavqError as e: raise BavqError(f"{source}: {e}") from None
-        require(len(images) == 1, f"{source} holds {len(images)} images: read it with bavq.evaluation.compression.decompress")
-        atomic_write(target, lambda f: f.write(encode_png(images[0]).numpy().tobytes()))
+        try:
+            images = decompress(source.read_bytes(), model, p)
+        except BavqError as e:
+            raise BavqError(f"{source}: {e}") from None
+        cure = "read it with bavq.evaluation.compression.decompress"
+        require(len(images) == 1, f"{source} holds {len(images)} images: {cure}")
+        _write_png(target, images[0])
     print(f"{len(jobs)} images")
     return len(jobs)

@@ -20,7 +20,7 @@ METRICS = ("psnr", "perplexity", "usage_rate", "dead_codes")
 def groups(
     df: pd.DataFrame,  # a row for each run
 ) -> list[str]:        # names of columns
-    "The columns within which methods are compared: data, K, distance, and every other varying field of the configuration."
+    "Columns within which methods are compared: data, K, distance, and other settings that vary."
     fixed = ["data", "codebook_size", "distance"]
     of_the_method = {"quantizer", "options"}
     without_effect = {"seed", "name", "data_root", "workers", "checkpoint_every", "wandb"}
@@ -52,10 +52,10 @@ def summarise(
     df: pd.DataFrame,          # a row for each run
     baseline: str = "vq_ema",  # the method that the others are compared with
 ) -> pd.DataFrame:
-    "Data × K × method: n, mean and half-width of the 95 % interval, paired difference to the baseline with interval and p."
+    "For each group and method: n, means with half-widths of 95 % intervals, paired differences with p."
     by, rows = groups(df), []
     for key, group in df.groupby(by, dropna=False):
-        runs = {method: _by_seed(method, g) for method, g in group.groupby("method")}
+        runs = {str(method): _by_seed(str(method), g) for method, g in group.groupby("method")}
         for method, g in runs.items():
             other = None if method == baseline else runs.get(baseline)
             rows.append(dict(zip(by, key)) | _summary_row(method, g, other))

@@ -4,24 +4,26 @@
 
 # %% ../../nbs/3_models/04_priors.ipynb #418be95f
 from __future__ import annotations
-import hashlib, math
+import hashlib
+import math
 from pathlib import Path
+from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from ..core.errors import BavqError, choose, require, typed, is_whole
-from .vqvae import VQVAEOutput
+from ..core.errors import BavqError, choose, is_whole, require, typed
+from ..core.storage import newest_checkpoint, read_json, read_weights
 
 # %% auto #0
-__all__ = ['PRIORS', 'Prior', 'nats', 'check_grids', 'Condition', 'filter_logits', 'draw', 'sample_raster', 'MaskedConv2d',
-           'places_before', 'gate', 'GatedLayer', 'PixelCNN', 'Block', 'sines', 'GridTransformer', 'TransformerPrior',
-           'masked_counts', 'MaskGIT', 'random_masks', 'masked_nats', 'sample_masked', 'sample_levels', 'make_prior',
-           'load_prior', 'model_hash']
+__all__ = ['Prior', 'filter_logits', 'PixelCNN', 'TransformerPrior', 'MaskGIT', 'sample_levels', 'make_prior', 'load_prior',
+           'model_hash']
 
 # %% ../../nbs/3_models/04_priors.ipynb #ae11e330
 class Prior(nn.Module):
-    "A distribution over grids of codes [B, H, W], one code after the other in raster order; a subclass computes the logits."
-    causal = True   # the logits of a code depend on the codes before it alone
+    "A distribution over grids of codes [B, H, W] in raster order; a subclass computes the logits."
+    causal = True      # the logits of a code depend on the codes before it alone
+    embed: nn.Embedding  # of the codes, made by the subclass
+
     @typed
     def __init__(self,
         num_embeddings: int,      # K, number of codes
@@ -32,9 +34,10 @@ class Prior(nn.Module):
         top_embeddings: int = 0,  # codes of the coarser grids it is conditioned on; 0: none
     ):
         super().__init__()
-        require(num_embeddings >= 2 and isinstance(grid, (tuple, list)) and len(grid) == 2 and all(is_whole(n) and n >= 1 for n in grid), f"{num_embeddings} codes on a grid {grid}: give at least 2 codes, and (H, W)")
-        require(channels >= 16 and channels % 16 == 0 and channels < 2**20 and 1 <= layers < 2**10, f"{channels} channels, {layers} layers: give a multiple of 16, and at least 1 layer")
-        self.num_embeddings, self.grid, self.length = num_embeddings, tuple(grid), grid[0] * grid[1]
+        check_prior(num_embeddings, grid, channels, layers)
+        self.num_embeddings = num_embeddings
+        self.grid: tuple[int, int] = (grid[0], grid[1])
+        self.length = grid[0] * grid[1]
         self.condition = Condition(channels, grid, num_classes, top_embeddings)
 
     def logits(self, indices: Tensor, cond: Tensor | None = None) -> Tensor:
@@ -45,56 +48,112 @@ class Prior(nn.Module):
         "Negative log-likelihood of whole grids, [B], in nats."
         return nats(self.logits(indices, cond), indices).sum((1, 2))
 
-    def nll_estimate(self, indices: Tensor, cond: Tensor | None = None) -> Tensor: return self.nll(indices, cond)
-    def loss(self, indices: Tensor, cond: Tensor | None = None) -> Tensor: return self.nll(indices, cond).mean() / self.length
-    def forward(self, batch) -> VQVAEOutput: return VQVAEOutput(None, self.loss(*batch), {}, {})   # what `train_epoch` expects
+    def nll_estimate(self, indices: Tensor, cond: Tensor | None = None) -> Tensor:
+        "What validation uses, [B], in nats: `nll`, or an estimate where that takes many passes."
+        return self.nll(indices, cond)
 
-    def next_logits(self, indices: Tensor, t: int, cond: Tensor | None = None, cache: dict | None = None) -> Tensor:
+    def loss(self, indices: Tensor, cond: Tensor | None = None) -> Tensor:
+        "What training minimises: nats a code, a scalar."
+        return self.nll(indices, cond).mean() / self.length
+
+    def forward(self, batch: tuple[Tensor, Tensor | None]) -> Tensor:
+        "The loss of a batch (grids, condition), for `train_epoch`."
+        return self.loss(*batch)
+
+    def next_logits(self, indices: Tensor, t: int, cond: Tensor | None = None,
+                    cache: dict | None = None) -> Tensor:
         "Logits [B, K] of code t in raster order; of the grids [B, H, W], only the codes before it are read."
         return self.logits(indices, cond).flatten(1, 2)[:, t]
 
-    def sample(self, n: int, cond: Tensor | None = None, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
+    def sample(self, n: int, cond: Tensor | None = None, temperature: float = 1.0, top_k: int = 0,
+               top_p: float = 1.0) -> Tensor:
         "New grids [n, H, W]."
         return sample_raster(self, n, cond, temperature=temperature, top_k=top_k, top_p=top_p)
 
 # %% ../../nbs/3_models/04_priors.ipynb #621f226d
-def nats(
-    logits: Tensor,   # [B, H, W, K]
-    indices: Tensor,  # [B, H, W]
-) -> Tensor:              # [B, H, W]
-    "Cross-entropy of each code."
-    return F.cross_entropy(logits.permute(0, 3, 1, 2), indices, reduction="none")
+def check_prior(
+    num_embeddings: int,    # K
+    grid: tuple[int, int],  # (H, W)
+    channels: int,          # C
+    layers: int,            # depth
+) -> None:
+    "A `BavqError` unless a prior can have these sizes."
+    two = isinstance(grid, (tuple, list)) and len(grid) == 2
+    sides = two and all(is_whole(n) and n >= 1 for n in grid)
+    require(num_embeddings >= 2 and sides,
+            f"{num_embeddings} codes on a grid {grid}: give at least 2 codes, and (H, W)")
+    wide = 16 <= channels < 2**20 and channels % 16 == 0
+    require(wide and 1 <= layers < 2**10,
+            f"{channels} channels, {layers} layers: give a multiple of 16, and at least 1 layer")
+
+# %% ../../nbs/3_models/04_priors.ipynb #019b0e10
+def check_range(
+    values: Tensor,  # whole numbers
+    size: int,       # how many there are: 0 to size - 1
+    what: str,       # what runs from … to …
+) -> None:
+    "A `BavqError` where a value is out of range; looked at on the CPU only, to keep a device busy."
+    if values.device.type != "cpu":
+        return
+    low, high = int(values.min()), int(values.max())
+    require(0 <= low and high < size, f"{what} from {low} to {high}: give 0 to {size - 1}")
 
 def check_grids(
     prior: Prior,     # whose grids
     indices: Tensor,  # [B, H, W]
     values: int,      # that a code may have
-) -> Tensor:
-    "The same grids, or a `BavqError`; their values are looked at on the CPU only, where that does not stop the device."
-    ok = indices.ndim == 3 and tuple(indices.shape[1:]) == prior.grid and indices.dtype == torch.int64
-    require(ok, f"indices are {indices.dtype} {list(indices.shape)}: give int64 [B, {prior.grid[0]}, {prior.grid[1]}]")
-    if indices.device.type == "cpu": require(0 <= int(indices.min()) and int(indices.max()) < values, f"indices run from {int(indices.min())} to {int(indices.max())}: give 0 to {values - 1}")
+) -> Tensor:          # the same grids
+    "Grids of codes, or a `BavqError`."
+    fits = indices.ndim == 3 and tuple(indices.shape[1:]) == prior.grid and indices.dtype == torch.int64
+    require(fits, f"indices are {indices.dtype} {list(indices.shape)}: "
+                  f"give int64 [B, {prior.grid[0]}, {prior.grid[1]}]")
+    check_range(indices, values, "indices run")
     return indices
+
+# %% ../../nbs/3_models/04_priors.ipynb #5cabdb14
+def nats(
+    logits: Tensor,   # [B, H, W, K]
+    indices: Tensor,  # [B, H, W]
+) -> Tensor:          # [B, H, W]
+    "Cross-entropy of each code."
+    return F.cross_entropy(logits.permute(0, 3, 1, 2), indices, reduction="none")
 
 # %% ../../nbs/3_models/04_priors.ipynb #7cf2e8ff
 class Condition(nn.Module):
-    "What is known beside a grid, as a map [B, C, H, W]: from labels [B], from coarser grids [B, h, w], or zeros."
+    "What is known beside a grid, as a map [B, C, H, W]: from labels, from coarser grids, or zeros."
     def __init__(self, channels: int, grid: tuple[int, int], num_classes: int = 0, top_embeddings: int = 0):
         super().__init__()
-        require(not (num_classes and top_embeddings), "labels and a coarser grid were asked for: give one of the two; the coarser grid may itself be drawn given a label")
-        self.grid, self.num_classes, self.top_embeddings = tuple(grid), num_classes, top_embeddings
+        require(not (num_classes and top_embeddings),
+                "labels and a coarser grid were asked for: give one of the two; "
+                "the coarser grid may itself be drawn given a label")
+        self.grid = tuple(grid)
+        self.num_classes = num_classes
+        self.top_embeddings = top_embeddings
         self.embed = nn.Embedding(num_classes or top_embeddings or 1, channels)
         self.near = nn.Conv2d(channels, channels, 3, padding=1) if top_embeddings else nn.Identity()
 
     def forward(self, cond: Tensor | None, n: int) -> Tensor:
-        size = self.num_classes or self.top_embeddings
-        require(bool(size) or cond is None, "this prior is unconditional: leave cond out")
-        if not size: return self.embed.weight.new_zeros(n, self.embed.embedding_dim, *self.grid)
-        ok = torch.is_tensor(cond) and not cond.is_floating_point() and cond.ndim == (1 if self.num_classes else 3) and len(cond) == n
-        require(ok, f"cond is {list(getattr(cond, 'shape', [])) or cond}: give {f'labels [{n}]' if self.num_classes else f'coarser grids [{n}, h, w]'}")
-        if cond.device.type == "cpu": require(0 <= int(cond.min()) and int(cond.max()) < size, f"cond runs from {int(cond.min())} to {int(cond.max())}: give 0 to {size - 1}")
-        e = self.embed((cond.view(n, 1, 1) if self.num_classes else cond).long()).permute(0, 3, 1, 2)
+        if not (self.num_classes or self.top_embeddings):
+            require(cond is None, "this prior is unconditional: leave cond out")
+            return self.embed.weight.new_zeros(n, self.embed.embedding_dim, *self.grid)
+        cond = check_condition(self, cond, n)
+        places = cond.view(n, 1, 1) if self.num_classes else cond
+        e = self.embed(places.long()).permute(0, 3, 1, 2)
         return F.interpolate(self.near(e), size=self.grid)
+
+def check_condition(
+    condition: Condition,  # what it may be
+    cond: Any,             # what was given
+    n: int,                # for so many grids
+) -> Tensor:               # the same
+    "Labels or coarser grids, or a `BavqError`."
+    rank = 1 if condition.num_classes else 3
+    whole = torch.is_tensor(cond) and not cond.is_floating_point()
+    wanted = f"labels [{n}]" if condition.num_classes else f"coarser grids [{n}, h, w]"
+    given = list(getattr(cond, "shape", [])) or cond
+    require(whole and cond.ndim == rank and len(cond) == n, f"cond is {given}: give {wanted}")
+    check_range(cond, condition.num_classes or condition.top_embeddings, "cond runs")
+    return cond
 
 # %% ../../nbs/3_models/04_priors.ipynb #8be30c12
 def filter_logits(
@@ -102,19 +161,25 @@ def filter_logits(
     temperature: float = 1.0,  # below 1: the likely become likelier
     top_k: int = 0,            # keep so many codes; 0: all
     top_p: float = 1.0,        # keep the likeliest codes that together reach this probability
-) -> Tensor:
-    "Logits to draw from; -inf for codes that are cut off."
-    require(temperature > 0 and top_k >= 0 and 0 < top_p <= 1, f"temperature {temperature}, top_k {top_k}, top_p {top_p}: give a temperature above 0, a top_k from 0, a top_p in (0, 1]")
+) -> Tensor:                   # [..., K]
+    "Logits to draw from; -inf for codes that are cut off (Holtzman et al. 2020)."
+    require(temperature > 0 and top_k >= 0 and 0 < top_p <= 1,
+            f"temperature {temperature}, top_k {top_k}, top_p {top_p}: "
+            f"give a temperature above 0, a top_k from 0, a top_p in (0, 1]")
     logits = logits / temperature
-    if 0 < top_k < logits.shape[-1]: logits = logits.masked_fill(logits < logits.topk(top_k).values[..., -1:], -math.inf)
-    if top_p == 1: return logits
+    if 0 < top_k < logits.shape[-1]:
+        least = logits.topk(top_k).values[..., -1:]
+        logits = logits.masked_fill(logits < least, -math.inf)
+    if top_p == 1:
+        return logits
     p, order = logits.softmax(-1).sort(-1, descending=True)
     beyond = p.cumsum(-1) - p >= top_p   # the likelier codes reach it already
     return logits.masked_fill(torch.zeros_like(beyond).scatter(-1, order, beyond), -math.inf)
 
-def draw(
+# %% ../../nbs/3_models/04_priors.ipynb #a4a47daa
+def draw_codes(
     logits: Tensor,  # [..., K]
-) -> Tensor:             # [...] int64
+) -> Tensor:         # [...] int64
     "One code from each row."
     return torch.multinomial(logits.softmax(-1).flatten(0, -2), 1).view(logits.shape[:-1])
 
@@ -124,59 +189,82 @@ def sample_raster(
     prior: Prior,                # a causal one
     n: int,                      # grids
     cond: Tensor | None = None,  # labels [n], or coarser grids [n, h, w]
-    **options,                   # of `filter_logits`
-) -> Tensor:                         # [n, H, W]
+    **options: Any,              # of `filter_logits`
+) -> Tensor:                     # [n, H, W]
     "Code after code in raster order, each drawn given those before it."
-    indices, cache = torch.zeros(n, *prior.grid, dtype=torch.long, device=prior.embed.weight.device), {}
+    indices = torch.zeros(n, *prior.grid, dtype=torch.long, device=prior.embed.weight.device)
+    cache: dict[str, Tensor] = {}
     for t in range(prior.length):
-        indices.view(n, -1)[:, t] = draw(filter_logits(prior.next_logits(indices, t, cond, cache), **options))
+        logits = prior.next_logits(indices, t, cond, cache)
+        indices.view(n, -1)[:, t] = draw_codes(filter_logits(logits, **options))
     return indices
 
 # %% ../../nbs/3_models/04_priors.ipynb #132fc1c0
 class MaskedConv2d(nn.Conv2d):
     "A convolution that keeps the size, some of its weights held at 0 by a mask [h, w], both odd."
+    mask: Tensor
+
     def __init__(self, in_channels: int, out_channels: int, mask: Tensor):
-        super().__init__(in_channels, out_channels, tuple(mask.shape), padding=tuple(s // 2 for s in mask.shape))
+        height, width = mask.shape
+        super().__init__(in_channels, out_channels, (height, width), padding=(height // 2, width // 2))
         self.register_buffer("mask", mask.clone(), persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor: return self._conv_forward(x, self.weight * self.mask, self.bias)
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, self.weight * self.mask, self.bias)
 
-def places_before(size: int, current: bool) -> Tensor:
-    "Which of `size` places in a line, an odd number, lie before the middle one; with itself, if `current`."
+def places_before(
+    size: int,      # of the line, an odd number
+    current: bool,  # with the middle itself
+) -> Tensor:        # [size] of 0 and 1
+    "Which places in a line lie before the middle one."
     return (torch.arange(size) < size // 2 + current).float()
 
-def gate(x: Tensor) -> Tensor:
+def gate(
+    x: Tensor,  # [B, 2C, H, W]
+) -> Tensor:    # [B, C, H, W]
     "The tanh of one half of the channels, let through by the sigmoid of the other."
     a, b = x.chunk(2, dim=1)
     return a.tanh() * b.sigmoid()
 
 # %% ../../nbs/3_models/04_priors.ipynb #678014d8
 class GatedLayer(nn.Module):
-    "A layer of both stacks: v knows the rows above, h also the codes to the left (van den Oord et al. 2016, fig. 2)."
+    "Both stacks: v knows the rows above, h also the codes to the left (van den Oord et al. 2016, fig. 2)."
     def __init__(self, channels: int, first: bool = False):
         super().__init__()
-        C, size, self.first = channels, 5 if first else 3, first
+        self.first = first
+        C, size = channels, 5 if first else 3
         line = places_before(size, current=not first)
-        self.above, self.left = MaskedConv2d(C, 2 * C, line[:, None].expand(-1, size)), MaskedConv2d(C, 2 * C, line[None])
-        self.link, self.out, self.condition = nn.Conv2d(2 * C, 2 * C, 1), nn.Conv2d(C, C, 1), nn.Conv2d(C, 4 * C, 1)
+        self.above = MaskedConv2d(C, 2 * C, line[:, None].expand(-1, size))
+        self.left = MaskedConv2d(C, 2 * C, line[None])
+        self.link = nn.Conv2d(2 * C, 2 * C, 1)
+        self.out = nn.Conv2d(C, C, 1)
+        self.condition = nn.Conv2d(C, 4 * C, 1)
 
     def forward(self, v: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-        above, (c_v, c_h) = self.above(v), self.condition(c).chunk(2, dim=1)
+        above = self.above(v)
+        c_v, c_h = self.condition(c).chunk(2, dim=1)
         new = self.out(gate(self.left(h) + self.link(above) + c_h))
         return gate(above + c_v), new if self.first else h + new
 
+# %% ../../nbs/3_models/04_priors.ipynb #44178778
 class PixelCNN(Prior):
-    "Gated PixelCNN (van den Oord et al. 2016): masked convolutions in two stacks. It reaches `layers` + 1 rows up and columns to the left."
+    """Gated PixelCNN (van den Oord et al. 2016): masked convolutions in two stacks.
+
+    It reaches `layers` + 1 rows up and columns to the left.
+    """
     def __init__(self, num_embeddings, grid, channels=64, layers=4, num_classes=0, top_embeddings=0):
         super().__init__(num_embeddings, grid, channels, layers, num_classes, top_embeddings)
         self.embed = nn.Embedding(num_embeddings, channels)
         self.layers = nn.ModuleList(GatedLayer(channels, first=i == 0) for i in range(layers))
-        self.head = nn.Sequential(nn.ReLU(), nn.Conv2d(channels, 2 * channels, 1), nn.ReLU(), nn.Conv2d(2 * channels, num_embeddings, 1))
+        wide = nn.Conv2d(channels, 2 * channels, 1)
+        self.head = nn.Sequential(nn.ReLU(), wide, nn.ReLU(), nn.Conv2d(2 * channels, num_embeddings, 1))
 
     def logits(self, indices, cond=None):
-        v = h = self.embed(check_grids(self, indices, self.num_embeddings)).permute(0, 3, 1, 2)
+        x = self.embed(check_grids(self, indices, self.num_embeddings)).permute(0, 3, 1, 2)
         c = self.condition(cond, len(indices))
-        for layer in self.layers: v, h = layer(v, h, c)
+        v, h = x, x
+        for layer in self.layers:
+            v, h = layer(v, h, c)
         return self.head(h).permute(0, 2, 3, 1)
 
 # %% ../../nbs/3_models/04_priors.ipynb #3a324ceb
@@ -185,11 +273,15 @@ class Block(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
         self.heads = channels // 16
-        self.norm, self.qkv, self.out = nn.LayerNorm(channels), nn.Linear(channels, 3 * channels), nn.Linear(channels, channels)
-        self.mlp = nn.Sequential(nn.LayerNorm(channels), nn.Linear(channels, 4 * channels), nn.GELU(), nn.Linear(4 * channels, channels))
+        self.norm = nn.LayerNorm(channels)
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.out = nn.Linear(channels, channels)
+        wide = 4 * channels
+        self.mlp = nn.Sequential(nn.LayerNorm(channels), nn.Linear(channels, wide), nn.GELU(),
+                                 nn.Linear(wide, channels))
 
     def forward(self, x: Tensor, causal: bool = False, past: Tensor | None = None, t: int = 0) -> Tensor:
-        "Rows x [B, T, C]; or row t alone, [B, 1, C], and in `past` [2, B, heads, T, 16] the keys and values before it."
+        "Rows x [B, T, C]; or row t alone, [B, 1, C], with keys and values before it in `past`."
         q, k, v = self.qkv(self.norm(x)).unflatten(2, (3, self.heads, 16)).permute(2, 0, 3, 1, 4)
         if past is not None:
             past[:, :, :, t:t + 1] = torch.stack([k, v])
@@ -198,21 +290,31 @@ class Block(nn.Module):
         x = x + self.out(a.transpose(1, 2).flatten(2))
         return x + self.mlp(x)
 
-def sines(grid: tuple[int, int], channels: int) -> Tensor:
-    "Sines and cosines [H·W, C] of the row of a grid (H, W) in one half of the channels, a multiple of 4, and of the column in the other."
+# %% ../../nbs/3_models/04_priors.ipynb #74eb22ab
+def sines(
+    grid: tuple[int, int],  # (H, W)
+    channels: int,          # C, a multiple of 4
+) -> Tensor:                # [H·W, C]
+    "Sines and cosines of the row of each place in one half of the channels, and of its column in the other."
     H, W = grid
     angles = torch.arange(max(grid))[:, None] / 20 ** (torch.arange(channels // 4) / (channels // 4))
     line = torch.cat([angles.sin(), angles.cos()], dim=1)
-    return torch.cat([line[:H, None].expand(-1, W, -1), line[None, :W].expand(H, -1, -1)], dim=2).flatten(0, 1)
+    rows = line[:H, None].expand(-1, W, -1)
+    columns = line[None, :W].expand(H, -1, -1)
+    return torch.cat([rows, columns], dim=2).flatten(0, 1)
 
 # %% ../../nbs/3_models/04_priors.ipynb #094c9660
 class GridTransformer(Prior):
     "What both Transformers share: embeddings of codes, places and the condition; layers; a head."
     masks = 0   # values that stand for no code, after the K that do
+
     def __init__(self, num_embeddings, grid, channels=64, layers=4, num_classes=0, top_embeddings=0):
         super().__init__(num_embeddings, grid, channels, layers, num_classes, top_embeddings)
-        self.embed, self.position = nn.Embedding(num_embeddings + self.masks, channels), nn.Parameter(sines(grid, channels))
-        with torch.no_grad(): self.embed.weight *= 0.3; self.condition.embed.weight *= 0.3   # places speak louder at first
+        self.embed = nn.Embedding(num_embeddings + self.masks, channels)
+        self.position = nn.Parameter(sines(grid, channels))
+        with torch.no_grad():   # places speak louder at first
+            self.embed.weight *= 0.3
+            self.condition.embed.weight *= 0.3
         self.blocks = nn.ModuleList(Block(channels) for _ in range(layers))
         self.head = nn.Sequential(nn.LayerNorm(channels), nn.Linear(channels, num_embeddings))
 
@@ -222,21 +324,36 @@ class GridTransformer(Prior):
 
 # %% ../../nbs/3_models/04_priors.ipynb #ea7659b4
 class TransformerPrior(GridTransformer):
-    "A decoder-only Transformer (Vaswani et al. 2017) over the codes in raster order; a cache makes each step of sampling one place's work."
+    """A decoder-only Transformer (Vaswani et al. 2017) over the codes in raster order.
+
+    A cache makes each step of sampling one place's work.
+    """
     def logits(self, indices, cond=None):
         codes = self.embed(check_grids(self, indices, self.num_embeddings).flatten(1))
-        x = F.pad(codes, (0, 0, 1, 0))[:, :-1] + self.places(cond, len(indices))   # place t is given code t - 1
-        for block in self.blocks: x = block(x, causal=True)
+        before = F.pad(codes, (0, 0, 1, 0))[:, :-1]   # place t is given code t - 1
+        x = before + self.places(cond, len(indices))
+        for block in self.blocks:
+            x = block(x, causal=True)
         return self.head(x).unflatten(1, self.grid)
+
+    def empty_cache(self, cond: Tensor | None, n: int) -> dict[str, Tensor]:
+        "What each place is given, and room for the keys and values of every layer, for n grids."
+        heads = self.position.shape[1] // 16
+        past = self.position.new_empty(len(self.blocks), 2, n, heads, self.length, 16)
+        return dict(places=self.places(cond, n), past=past)
 
     @torch.no_grad()
     def next_logits(self, indices, t, cond=None, cache=None):
-        "As `Prior.next_logits`, without gradients; given one dict as `cache` in all calls from t = 0 on, it computes place t alone."
-        if cache is None: return super().next_logits(indices, t, cond)
-        n, heads = len(indices), self.blocks[0].heads
-        if t == 0: cache.update(places=self.places(cond, n), past=self.position.new_empty(len(self.blocks), 2, n, heads, self.length, 16))
-        x = cache["places"][:, t:t + 1] + (self.embed(indices.flatten(1)[:, t - 1:t]) if t else 0)
-        for block, past in zip(self.blocks, cache["past"]): x = block(x, past=past, t=t)
+        "As `Prior.next_logits`, without gradients; given a `cache` from t = 0 on, place t alone."
+        if cache is None:
+            return super().next_logits(indices, t, cond)
+        if t == 0:
+            cache.update(self.empty_cache(cond, len(indices)))
+        x = cache["places"][:, t:t + 1]
+        if t > 0:
+            x = x + self.embed(indices.flatten(1)[:, t - 1:t])
+        for block, past in zip(self.blocks, cache["past"]):
+            x = block(x, past=past, t=t)
         return self.head(x)[:, 0]
 
 # %% ../../nbs/3_models/04_priors.ipynb #7b2b7a9f
@@ -244,20 +361,46 @@ def masked_counts(
     length: int,  # T, codes of a grid
     steps: int,   # passes, 1 to T
 ) -> list[int]:
-    "How many codes are masked before each pass, then 0: a cosine (Chang et al. 2022, sec. 3.3), at least one code settled in each."
+    "How many codes are masked before each pass, then 0: a cosine (Chang et al. 2022, sec. 3.3)."
     require(1 <= steps <= length, f"steps is {steps}: give 1 to {length}, the number of codes")
     counts = [length]
-    for i in range(1, steps): counts.append(min(counts[-1] - 1, max(steps - i, math.ceil(length * math.cos(math.pi / 2 * i / steps)))))
+    for i in range(1, steps):
+        cosine = math.ceil(length * math.cos(math.pi / 2 * i / steps))
+        left = max(steps - i, cosine)   # at least one code for each pass that follows
+        counts.append(min(counts[-1] - 1, left))
     return counts + [0]
+
+# %% ../../nbs/3_models/04_priors.ipynb #f701c26d
+def random_masks(
+    counts: Tensor,         # how many places of each grid, [B]
+    grid: tuple[int, int],  # (H, W)
+    generator: torch.Generator | None = None,  # None: torch's own
+) -> Tensor:                # [B, H, W] bool
+    "As many random places of each grid."
+    rank = torch.rand(len(counts), grid[0] * grid[1], generator=generator, device=counts.device).argsort(1)
+    return (rank < counts[:, None]).view(-1, *grid)
+
+def masked_nats(
+    prior: MaskGIT,             # that predicts
+    indices: Tensor,            # [B, H, W], nothing masked
+    masked: Tensor,             # [B, H, W] bool
+    cond: Tensor | None = None, # labels [B], or coarser grids [B, h, w]
+) -> Tensor:                    # [B, H, W]
+    "Cross-entropy of the masked codes given the others; 0 for the others."
+    logits = prior.logits(indices.masked_fill(masked, prior.num_embeddings), cond)
+    return nats(logits, check_grids(prior, indices, prior.num_embeddings)) * masked
 
 # %% ../../nbs/3_models/04_priors.ipynb #5563e39e
 class MaskGIT(GridTransformer):
     "A Transformer that predicts masked codes from all others (Chang et al. 2022). The value K masks a code."
     causal, masks = False, 1
+
     def logits(self, indices, cond=None):
         "Logits [B, H, W, K] of every code given all that are not masked."
-        x = self.embed(check_grids(self, indices, self.num_embeddings + 1).flatten(1)) + self.places(cond, len(indices))
-        for block in self.blocks: x = block(x)
+        codes = self.embed(check_grids(self, indices, self.num_embeddings + 1).flatten(1))
+        x = codes + self.places(cond, len(indices))
+        for block in self.blocks:
+            x = block(x)
         return self.head(x).unflatten(1, self.grid)
 
     def loss(self, indices, cond=None):
@@ -267,111 +410,148 @@ class MaskGIT(GridTransformer):
         return masked_nats(self, indices, masked, cond).sum() / masked.sum()
 
     def nll(self, indices, cond=None, steps: int = 0):
-        "Nats [B] of revealing the grids in one fixed random order, in so many passes; 0: one code a pass. See the text for what it is not."
-        counts = masked_counts(self.length, steps or self.length)
-        rank = torch.randperm(self.length, generator=torch.Generator().manual_seed(0)).view(1, *self.grid).to(indices.device)
-        return sum((masked_nats(self, indices, (rank < now).expand_as(indices), cond) * (rank >= after)).sum((1, 2)) for now, after in zip(counts, counts[1:]))
+        "Nats [B] of revealing the grids in one fixed random order, in so many passes; 0: one code a pass."
+        return fixed_order_nll(self, indices, cond, steps or self.length)
 
     def nll_estimate(self, indices, cond=None):
-        "An estimate [B] of `nll` from one pass: T times the mean over a random set of masked codes, of any size alike (Hoogeboom et al. 2022)."
-        n, device, generator = len(indices), indices.device, torch.Generator(indices.device).manual_seed(0)
-        again = -(-self.length // n)   # a small batch is looked at more often, for masks of every size
-        indices, cond = indices.repeat(again, 1, 1), None if cond is None else cond.repeat(again, *[1] * (cond.ndim - 1))
-        spread = torch.arange(n * again, device=device) / (n * again) + torch.rand(1, generator=generator, device=device)
-        counts = 1 + (spread % 1 * self.length).long()
-        return (masked_nats(self, indices, random_masks(counts, self.grid, generator), cond).sum((1, 2)) * self.length / counts).view(again, n).mean(0)
+        "An estimate [B] of `nll`, in nats, from one pass."
+        return one_pass_nll(self, indices, cond)
 
-    def sample(self, n, cond=None, temperature=1.0, top_k=0, top_p=1.0, steps: int = 0, choice_temperature: float = 4.5):
+    def sample(self, n, cond=None, temperature=1.0, top_k=0, top_p=1.0, steps: int = 0,
+               choice_temperature: float = 4.5):
         "New grids [n, H, W] in `steps` passes; 0: eight, or one a code where there are fewer."
-        return sample_masked(self, n, cond, steps or min(8, self.length), choice_temperature, temperature=temperature, top_k=top_k, top_p=top_p)
-
-# %% ../../nbs/3_models/04_priors.ipynb #f701c26d
-def random_masks(
-    counts: Tensor,         # how many places of each grid, [B]
-    grid: tuple[int, int],  # (H, W)
-    generator=None,         # None: torch's own
-) -> Tensor:                    # [B, H, W] bool
-    "As many random places of each grid."
-    rank = torch.rand(len(counts), grid[0] * grid[1], generator=generator, device=counts.device).argsort(1)
-    return (rank < counts[:, None]).view(-1, *grid)
-
-def masked_nats(
-    prior: MaskGIT,
-    indices: Tensor,  # [B, H, W], nothing masked
-    masked: Tensor,   # [B, H, W] bool
-    cond: Tensor | None = None,
-) -> Tensor:              # [B, H, W]
-    "Cross-entropy of the masked codes given the others; 0 for the others."
-    logits = prior.logits(indices.masked_fill(masked, prior.num_embeddings), cond)
-    return nats(logits, check_grids(prior, indices, prior.num_embeddings)) * masked
+        return sample_masked(self, n, cond, steps or min(8, self.length), choice_temperature,
+                             temperature=temperature, top_k=top_k, top_p=top_p)
 
 # %% ../../nbs/3_models/04_priors.ipynb #1b5f9aa4
 @torch.no_grad()
 def sample_masked(
-    prior: MaskGIT,
+    prior: MaskGIT,                   # that is drawn from
     n: int,                           # grids
     cond: Tensor | None = None,       # labels [n], or coarser grids [n, h, w]
     steps: int = 8,                   # passes
     choice_temperature: float = 4.5,  # of the noise on what counts as sure, falling to 0
-    **options,                        # of `filter_logits`
-) -> Tensor:                              # [n, H, W]
+    **options: Any,                   # of `filter_logits`
+) -> Tensor:                          # [n, H, W]
     "Draw all masked codes, keep the surest, mask the others again, as many as `masked_counts` says."
     indices = torch.full((n, *prior.grid), prior.num_embeddings, device=prior.embed.weight.device)
     for i, after in enumerate(masked_counts(prior.length, steps)[1:]):
-        masked, logits = indices == prior.num_embeddings, filter_logits(prior.logits(indices, cond), **options)
-        drawn = draw(logits)
+        masked = indices == prior.num_embeddings
+        logits = filter_logits(prior.logits(indices, cond), **options)
+        drawn = draw_codes(logits)
         sure = logits.log_softmax(-1).gather(-1, drawn[..., None])[..., 0]
         gumbel = -torch.empty_like(sure).exponential_().log()
-        sure = (sure + choice_temperature * (1 - (i + 1) / steps) * gumbel).masked_fill(~masked, math.inf)
+        noise = choice_temperature * (1 - (i + 1) / steps) * gumbel
+        sure = (sure + noise).masked_fill(~masked, math.inf)
         rank = sure.flatten(1).argsort(1).argsort(1).view_as(sure)
         indices = torch.where(masked & (rank >= after), drawn, indices)
     return indices
+
+# %% ../../nbs/3_models/04_priors.ipynb #fb24996e
+def fixed_order_nll(
+    prior: MaskGIT,       # that predicts
+    indices: Tensor,      # [B, H, W]
+    cond: Tensor | None,  # labels [B], or coarser grids [B, h, w]
+    steps: int,           # passes
+) -> Tensor:              # [B] nats
+    "The cost of revealing grids in one fixed random order, in so many passes."
+    counts = masked_counts(prior.length, steps)
+    order = torch.randperm(prior.length, generator=torch.Generator().manual_seed(0))
+    rank = order.view(1, *prior.grid).to(indices.device)
+    total = torch.zeros((), device=indices.device)
+    for now, after in zip(counts, counts[1:]):
+        cost = masked_nats(prior, indices, (rank < now).expand_as(indices), cond)
+        total = total + (cost * (rank >= after)).sum((1, 2))
+    return total
+
+# %% ../../nbs/3_models/04_priors.ipynb #f41bd851
+def one_pass_nll(
+    prior: MaskGIT,       # that predicts
+    indices: Tensor,      # [B, H, W]
+    cond: Tensor | None,  # labels [B], or coarser grids [B, h, w]
+) -> Tensor:              # [B] nats
+    "T times the mean over a random set of masked codes, of any size alike (Hoogeboom et al. 2022)."
+    n, device = len(indices), indices.device
+    generator = torch.Generator(device).manual_seed(0)
+    again = -(-prior.length // n)   # a small batch is looked at more often, for masks of every size
+    indices = indices.repeat(again, 1, 1)
+    if cond is not None:
+        cond = torch.cat([cond] * again)
+    spread = torch.arange(n * again, device=device) / (n * again)
+    spread = spread + torch.rand(1, generator=generator, device=device)
+    counts = 1 + (spread % 1 * prior.length).long()
+    masked = random_masks(counts, prior.grid, generator)
+    cost = masked_nats(prior, indices, masked, cond).sum((1, 2)) * prior.length / counts
+    return cost.view(again, n).mean(0)
 
 # %% ../../nbs/3_models/04_priors.ipynb #aeb5f9f9
 def sample_levels(
     priors: list[Prior],         # from coarse to fine, each conditioned on the grids of the one before
     n: int,                      # grids
     cond: Tensor | None = None,  # labels [n], for the first
-    **options,                   # of `Prior.sample`
-) -> list[Tensor]:                   # grids [n, H, W] of each
+    **options: Any,              # of `Prior.sample`
+) -> list[Tensor]:               # grids [n, H, W] of each
     "Grids of all levels, each drawn given the one before (Razavi et al. 2019)."
     grids = []
-    for prior in priors: grids.append(prior.sample(n, grids[-1] if grids else cond, **options))
+    for prior in priors:
+        cond = prior.sample(n, cond, **options)
+        grids.append(cond)
     return grids
 
 # %% ../../nbs/3_models/04_priors.ipynb #4d910567
 PRIORS = dict(pixelcnn=PixelCNN, transformer=TransformerPrior, maskgit=MaskGIT)
 
+# %% ../../nbs/3_models/04_priors.ipynb #d3cb7a0a
 @typed
 def make_prior(
     kind: str,              # pixelcnn, transformer or maskgit
     num_embeddings: int,    # K, number of codes
     grid: tuple[int, int],  # (H, W)
-    **options,              # channels, layers, num_classes, top_embeddings
+    **options: Any,         # channels, layers, num_classes, top_embeddings
 ) -> Prior:
     "A prior by name."
     return choose(kind, PRIORS, "prior")(num_embeddings, grid, **options)
 
+# %% ../../nbs/3_models/04_priors.ipynb #7de5e3d3
 def load_prior(
     folder: str | Path,  # of a prior, finished or not
 ) -> Prior:
     "The final prior, or that of its newest checkpoint, in evaluation mode on the CPU."
-    from bavq.core.storage import newest_checkpoint, read_json, read_weights
-    folder, final = Path(folder), Path(folder) / "final_model.pt"
-    found = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-    require({"kind", "codes"} <= found.keys(), f"{folder} is not the folder of a prior: give one of those in priors/ of a run's folder")
-    state = read_weights(final) if final.exists() else (newest_checkpoint(folder) or {}).get("model_state_dict")
-    require(state, f"{folder} holds no weights yet: resume the prior first")
-    prior = make_prior(found["kind"], channels=found["channels"], layers=found["layers"], **{k: v for k, v in found["codes"].items() if k != "model"})
-    try: prior.load_state_dict(state)
-    except RuntimeError: raise BavqError(f"the weights in {folder} are of another version of {found['kind']}: train the prior again") from None
+    folder = Path(folder)
+    path = folder / "config.json"
+    found = read_json(path) if path.is_file() else {}
+    require({"kind", "codes"} <= found.keys(),
+            f"{folder} is not the folder of a prior: give one of those in priors/ of a run's folder")
+    sizes = {k: v for k, v in found["codes"].items() if k != "model"}
+    state = prior_weights(folder)
+    prior = make_prior(found["kind"], channels=found["channels"], layers=found["layers"], **sizes)
+    try:
+        prior.load_state_dict(state)
+    except RuntimeError:
+        raise BavqError(f"the weights in {folder} are of another version of {found['kind']}: "
+                        f"train the prior again") from None
     return prior.eval()
 
+# %% ../../nbs/3_models/04_priors.ipynb #c78c6ea1
+def prior_weights(
+    folder: Path,  # of a prior
+) -> dict[str, Tensor]:
+    "The final weights, or those of the newest checkpoint."
+    final = folder / "final_model.pt"
+    if final.exists():
+        return read_weights(final)
+    state = newest_checkpoint(folder)
+    if not state:
+        raise BavqError(f"{folder} holds no weights yet: resume the prior first")
+    return state["model_state_dict"]
+
+# %% ../../nbs/3_models/04_priors.ipynb #589d991f
 def model_hash(
     model: nn.Module,  # anything with weights
 ) -> str:
     "SHA-256 of all weights and buffers, in hexadecimal."
     digest = hashlib.sha256()
     for name, v in sorted(model.state_dict().items()):
-        digest.update(f"{name} {v.dtype} {list(v.shape)} ".encode() + v.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(f"{name} {v.dtype} {list(v.shape)} ".encode())
+        digest.update(v.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -5,128 +5,217 @@
 # %% ../../nbs/2_quantizers/07_composite.ipynb #b277cb35
 from __future__ import annotations
 import math
+from collections.abc import Iterator, Sequence
+from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from ..core.errors import require, typed, is_whole
-from ..theory.metrics import compute_perplexity
+from ..core.errors import BavqError, is_whole, require, typed
 from .base import (Quantized, check_indices, from_rows, full_precision, make_quantizer,
-                            register_quantizer, to_rows)
+                                  register_quantizer, to_rows)
+from ..theory.metrics import compute_perplexity
 
 # %% auto #0
-__all__ = ['MAX_CODES', 'join_indices', 'split_indices', 'code_sizes', 'prime_factors', 'run_counts', 'measure',
-           'CompositeQuantizer', 'all_codes', 'wide_rows', 'quantize_parts', 'decode_parts', 'add_losses',
-           'ProductQuantizer', 'ResidualQuantizer', 'quantize_residuals', 'kept_levels']
+__all__ = ['join_indices', 'split_indices', 'CompositeQuantizer', 'ProductQuantizer', 'ResidualQuantizer']
 
 # %% ../../nbs/2_quantizers/07_composite.ipynb #3b863d88
 def join_indices(
-    parts: list[Tensor],    # one index tensor for each part, all of one shape
-    sizes: tuple[int, ...], # codes of each part
-) -> Tensor:                    # int64, the same shape
+    parts: Sequence[Tensor],  # one index tensor for each part, all of one shape
+    sizes: Sequence[int],     # codes of each part
+) -> Tensor:                  # int64, the same shape
     "One index for many, the first part running fastest."
     k = torch.zeros_like(parts[-1])
-    for i, size in zip(reversed(parts), reversed(sizes)): k = k * size + i
+    for i, size in zip(reversed(parts), reversed(sizes)):
+        k = k * size + i
     return k
 
 # %% ../../nbs/2_quantizers/07_composite.ipynb #9b92a320
 def split_indices(
-    k: Tensor,              # indices, 0 to K-1
-    sizes: tuple[int, ...], # codes of each part
-) -> list[Tensor]:              # one index tensor for each part, of the shape of k
+    k: Tensor,             # indices, 0 to K-1
+    sizes: Sequence[int],  # codes of each part
+) -> list[Tensor]:         # one index tensor for each part, of the shape of k
     "Many indices for one: the inverse of `join_indices`."
     parts = []
-    for size in sizes: parts.append(k % size); k = k // size
+    for size in sizes:
+        parts.append(k % size)
+        k = k // size
     return parts
 
 # %% ../../nbs/2_quantizers/07_composite.ipynb #3fc9551d
-MAX_CODES = 2**24  # a histogram of them is 128 MB
-
-def code_sizes(
-    num_embeddings: int,  # K
-    parts,                # how many factors, or the factors themselves
-) -> tuple[int, ...]:         # factors whose product is K
-    "K as a product of so many whole numbers, nearly equal; the largest first."
-    K, given = int(num_embeddings), isinstance(parts, (tuple, list))
-    require(2 <= K <= MAX_CODES, f"num_embeddings is {K}: give 2 to {MAX_CODES}; it counts all codes together, and their use is counted")
-    require(all(map(is_whole, parts if given else [parts])), f"the parts are {parts}: give how many, or how many codes each has (2 or more)")
-    sizes = [int(p) for p in parts] if given else [1] * int(parts)
-    require(len(sizes) >= 1 and min(sizes) >= (2 if given else 1), f"the parts are {parts}: give how many, or how many codes each has (2 or more)")
-    for p in [] if given else prime_factors(K): sizes[sizes.index(min(sizes))] *= p
-    product = math.prod(sizes)
-    require(product == K, f"parts of {list(sizes)} codes make {product}, num_embeddings is {K}: make the two equal")
-    require(min(sizes) >= 2, f"{K} codes do not split into {len(sizes)} parts: give another number, such as {max(2, round(K ** (1 / len(sizes)))) ** len(sizes)}")
-    return tuple(sizes if given else sorted(sizes, reverse=True))
-
-# %% ../../nbs/2_quantizers/07_composite.ipynb #b0a25a2c
 def prime_factors(n: int) -> list[int]:
     "The largest first."
-    p = next((p for p in range(2, int(n**0.5) + 1) if n % p == 0), n)
-    return [] if n == 1 else prime_factors(n // p) + [p]
+    factors, p = [], 2
+    while p * p <= n:
+        while n % p == 0:
+            factors.append(p)
+            n //= p
+        p += 1
+    if n > 1:
+        factors.append(n)
+    return factors[::-1]
+
+# %% ../../nbs/2_quantizers/07_composite.ipynb #b0a25a2c
+def even_sizes(K: int, count: int) -> list[int]:
+    "K as a product of so many whole numbers, nearly equal; the largest first."
+    factors = prime_factors(K)
+    if count > len(factors):
+        other = max(2, round(K ** (1 / count))) ** count
+        raise BavqError(f"{K} codes do not split into {count} parts: give another number, such as {other}")
+    sizes = [1] * count
+    for p in factors:
+        sizes[sizes.index(min(sizes))] *= p
+    return sorted(sizes, reverse=True)
+
+# %% ../../nbs/2_quantizers/07_composite.ipynb #10c6358b
+MAX_CODES = 2**24  # a histogram of them is 128 MB
+
+def check_parts(
+    num_embeddings: int,  # K
+    parts: Any,           # how many, or the codes of each
+) -> None:
+    "A `BavqError` where K or the parts are no numbers that can be meant."
+    require(
+        2 <= num_embeddings <= MAX_CODES,
+        f"num_embeddings is {num_embeddings}: give 2 to {MAX_CODES}; "
+        "it counts all codes together, and their use is counted")
+    given = isinstance(parts, (tuple, list))
+    numbers, least = (parts, 2) if given else ([parts], 1)
+    valid = len(numbers) > 0 and all(is_whole(p) and int(p) >= least for p in numbers)
+    require(valid, f"the parts are {parts}: give how many, or how many codes each has (2 or more)")
+    require(given or int(parts) <= 24, f"the parts are {parts}: give 24 at most, of 2 codes each")
+
+# %% ../../nbs/2_quantizers/07_composite.ipynb #31c3405d
+def part_sizes(
+    num_embeddings: int,  # K
+    parts: Any,           # how many, or the codes of each
+) -> tuple[int, ...]:     # their product is K
+    "The codes of each part: those given, or nearly equal ones, the largest first."
+    K = int(num_embeddings)
+    check_parts(K, parts)
+    if not isinstance(parts, (tuple, list)):
+        return tuple(even_sizes(K, int(parts)))
+    sizes = [int(p) for p in parts]
+    product = math.prod(sizes)
+    require(
+        product == K,
+        f"parts of {sizes} codes make {product}, num_embeddings is {K}: make the two equal")
+    return tuple(sizes)
 
 # %% ../../nbs/2_quantizers/07_composite.ipynb #f42a6640
 def run_counts(
     index: Tensor,  # [N] integers
-) -> Tensor:            # [N]: how often each index that occurs does, then zeros
+) -> Tensor:       # [N]: how often each index that occurs does, then zeros
     "Counts of the indices there are, whatever K, in memory of order N."
     s = index.sort().values
     run = F.pad((s[1:] != s[:-1]).long().cumsum(0), (1, 0))
     return torch.zeros_like(s).scatter_add_(0, run, torch.ones_like(s))
 
 # %% ../../nbs/2_quantizers/07_composite.ipynb #d2a00539
-def measure(
+def batch_usage(
     index: Tensor,        # [N] integers from 0 to K-1
     num_embeddings: int,  # K
 ) -> dict[str, Tensor]:
     "Perplexity and usage rate of a batch."
     counts = run_counts(index)
-    return dict(perplexity=compute_perplexity(counts), usage_rate=(counts > 0).sum() / num_embeddings)
+    usage_rate = (counts > 0).sum() / num_embeddings
+    return dict(perplexity=compute_perplexity(counts), usage_rate=usage_rate)
+
+# %% ../../nbs/2_quantizers/07_composite.ipynb #42d1359c
+class Sharing(nn.Module):
+    "How parts share latents: the three methods that a composite brings."
+    parts: Any  # an nn.ModuleList of quantizers
+
+    def quantize_rows(
+        self,
+        x: Tensor,          # latents [N, D]
+        shape: torch.Size,  # of the latents before they were rows
+    ) -> tuple[Tensor, dict[str, Tensor], list[Quantized]]:  # codes [N, D], losses, what each part returned
+        "A forward pass of the parts."
+        raise NotImplementedError
+
+    def choose_codes(self, x: Tensor) -> list[Tensor]:
+        "The index [N] that each part chooses for rows x [N, D]."
+        raise NotImplementedError
+
+    def put_together(self, codes: list[Tensor]) -> Tensor:
+        "One code [N, D] from those of the parts."
+        raise NotImplementedError
 
 # %% ../../nbs/2_quantizers/07_composite.ipynb #c9b1cf2a
-class CompositeQuantizer(nn.Module):
-    "Parts made by name, and one index for all their choices. Subclasses say how latents are shared out and codes put together."
+class CompositeQuantizer(Sharing):
+    "Parts made by name, and one index for all their choices; a subclass says how they share a latent."
+
     def __init__(self,
-        num_embeddings: int,  # K, all codes together: the product of the parts' sizes
-        embedding_dim: int,   # D, dimension of a latent
-        parts,                # how many parts, or the codes of each
-        part_dim: int,        # dimension of a part's latents
-        base: str,            # registered name of the parts' quantizer
-        options: dict,        # more arguments of it
+        num_embeddings: int,         # K, all codes together: the product of the parts' sizes
+        embedding_dim: int,          # D, dimension of a latent
+        parts: int | Sequence[int],  # how many parts, or the codes of each
+        part_dim: int,               # dimension of a part's latents
+        base: str,                   # registered name of the parts' quantizer
+        options: dict[str, Any],     # more arguments of it
     ):
         super().__init__()
         self.num_embeddings, self.embedding_dim = int(num_embeddings), int(embedding_dim)
-        self.sizes = code_sizes(num_embeddings, parts)
+        self.sizes = part_sizes(num_embeddings, parts)
         self.parts = nn.ModuleList(make_quantizer(base, size, part_dim, **options) for size in self.sizes)
-        require(all(p.num_embeddings == s for p, s in zip(self.parts, self.sizes)), "parts that grow cannot be joined: let a quantizer of its own grow")
-        require(not any(getattr(p, "dropout", 0) for p in self.parts), "dropout of levels is for the outermost residual quantizer: leave it out in parts")
-        self.estimate, self.distance = getattr(self.parts[0], "estimate", None), getattr(self.parts[0], "distance", "")
-
-    def anneal(self, progress: float) -> None:
-        for p in self.parts: p.anneal(progress)
+        check_joinable(self.parts, self.sizes)
+        self.estimate = getattr(self.parts[0], "estimate", None)
+        self.distance = getattr(self.parts[0], "distance", "")
 
     @property
-    def codebook(self) -> Tensor: return all_codes(self)
-    def forward(self, z: Tensor) -> Quantized: return quantize_parts(self, z)
+    def codebook(self) -> Tensor:
+        return all_codes(self)
+
+    def forward(self, z: Tensor) -> Quantized:
+        return quantize_parts(self, z)
+
     @torch.no_grad()
     def encode(self, z: Tensor) -> Tensor:
-        return from_rows(join_indices(self.choose_codes(wide_rows(z, self.embedding_dim)), self.sizes), z.shape)
-    def decode(self, indices: Tensor) -> Tensor: return decode_parts(self, indices)
-    def extra_repr(self): return f"K={'·'.join(map(str, self.sizes))}, D={self.embedding_dim}"
+        chosen = self.choose_codes(precise_rows(z, self.embedding_dim))
+        return from_rows(join_indices(chosen, self.sizes), z.shape)
+
+    def decode(self, indices: Tensor) -> Tensor:
+        return decode_parts(self, indices)
+
+    def anneal(self, progress: float) -> None:
+        for part in self.parts:
+            part.anneal(progress)
+
+    def extra_repr(self) -> str:
+        return f"K={'·'.join(map(str, self.sizes))}, D={self.embedding_dim}"
+
+# %% ../../nbs/2_quantizers/07_composite.ipynb #6ab9f7a5
+def check_joinable(
+    parts: Sequence[Any],   # quantizers
+    sizes: Sequence[int],   # codes that each should have
+) -> None:
+    "A `BavqError` where parts cannot be joined."
+    fixed = all(p.num_embeddings == size for p, size in zip(parts, sizes))
+    require(fixed, "parts that grow cannot be joined: let a quantizer of its own grow")
+    dropping = any(getattr(p, "dropout", 0) for p in parts)
+    require(
+        not dropping,
+        "dropout of levels is for the outermost residual quantizer: leave it out in parts")
 
 # %% ../../nbs/2_quantizers/07_composite.ipynb #7ad952a6
 @torch.no_grad()
 def all_codes(
     q: nn.Module,  # any quantizer that can decode
-) -> Tensor:           # [K, D]
+) -> Tensor:       # [K, D]
     "The codebook, written out for reading, or a `BavqError` where it is too large."
-    K = q.num_embeddings
-    require(K * q.embedding_dim <= 2**24, f"{K} codes are too many to write out: decode the indices you need, or read the codebooks of the parts")
-    return q.decode(torch.arange(K, device=next(iter(q.state_dict().values())).device))
+    quantizer: Any = q
+    K = quantizer.num_embeddings
+    require(
+        K * quantizer.embedding_dim <= 2**24,
+        f"{K} codes are too many to write out: "
+        "decode the indices you need, or read the codebooks of the parts")
+    device = next(iter(q.state_dict().values())).device
+    return quantizer.decode(torch.arange(K, device=device))
 
 # %% ../../nbs/2_quantizers/07_composite.ipynb #dd3c610d
-def wide_rows(
-    z: Tensor,           # [B, D, H, W] or [N, D]
+def precise_rows(
+    z: Tensor,           # [B, D, *space] or [N, D]
     embedding_dim: int,  # D
-) -> Tensor:                 # [N, D], float32 at least
+) -> Tensor:             # [N, D], float32 at least
     "Latents as rows, in a precision in which they can be subtracted."
     x = to_rows(z, embedding_dim)
     return x if x.dtype == torch.float64 else x.float()
@@ -134,27 +223,44 @@ def wide_rows(
 # %% ../../nbs/2_quantizers/07_composite.ipynb #daf95451
 def quantize_parts(
     q: CompositeQuantizer,
-    z: Tensor,  # latents [B, D, H, W] or [N, D]
+    z: Tensor,  # latents [B, D, *space] or [N, D]
 ) -> Quantized:
     "One forward pass: that of each part, joined and measured."
     with full_precision(z):
-        z_q, losses, outs = q.quantize_rows(wide_rows(z, q.embedding_dim), z.shape)
-        metrics, K = [o.metrics for o in outs], q.num_embeddings
+        z_q, losses, outs = q.quantize_rows(precise_rows(z, q.embedding_dim), z.shape)
+        z_q = from_rows(z_q.to(outs[0].z_q.dtype), z.shape)
+        metrics = [out.metrics for out in outs]
         index = join_indices([m["code_indices"] for m in metrics], q.sizes)
-        each = {f"part_{k}": torch.stack([m[k] for m in metrics]) for k in ("perplexity", "usage_rate")}
-        return Quantized(from_rows(z_q.to(outs[0].z_q.dtype), z.shape), losses, metrics[0] | each | measure(index, K) | dict(code_indices=from_rows(index, z.shape)))
+        joint = batch_usage(index, q.num_embeddings)
+        joint["code_indices"] = from_rows(index, z.shape)
+        return Quantized(z_q, losses, part_metrics(metrics) | joint)
+
+# %% ../../nbs/2_quantizers/07_composite.ipynb #e30eb0c5
+def part_metrics(
+    metrics: list[dict[str, Tensor]],  # of each part
+) -> dict[str, Tensor]:
+    "What all parts report as a number: one for each part as `part_name` [M], and the mean as `name`."
+    names = [name for name, v in metrics[0].items() if v.dim() == 0]
+    found: dict[str, Tensor] = {}
+    for name in names:
+        if all(name in m for m in metrics):
+            each = torch.stack([m[name] for m in metrics])
+            found |= {name: each.float().mean(), f"part_{name}": each}
+    return found
 
 # %% ../../nbs/2_quantizers/07_composite.ipynb #0d28396b
 def decode_parts(
     q: CompositeQuantizer,
-    indices: Tensor,           # [B, H, W] or [N], integers from 0 to K-1
+    indices: Tensor,           # [B, *space] or [N], integers from 0 to K-1
     parts: int | None = None,  # put together only the first so many parts
-) -> Tensor:                       # [B, D, H, W] or [N, D]
+) -> Tensor:                   # [B, D, *space] or [N, D]
     "The codes that indices stand for."
     check_indices(indices, q.num_embeddings)
-    chosen = zip(q.parts[:parts], split_indices(indices.long().flatten(), q.sizes))
-    e = q.put_together([p.decode(i) for p, i in chosen])
-    return e if indices.dim() == 1 else from_rows(e, (len(indices), q.embedding_dim, *indices.shape[1:]))
+    chosen = split_indices(indices.long().flatten(), q.sizes)
+    e = q.put_together([p.decode(i) for p, i in zip(q.parts[:parts], chosen)])
+    if indices.dim() == 1:
+        return e
+    return from_rows(e, torch.Size((len(indices), q.embedding_dim, *indices.shape[1:])))
 
 # %% ../../nbs/2_quantizers/07_composite.ipynb #4fe859b2
 def add_losses(
@@ -162,7 +268,8 @@ def add_losses(
     weight: float = 1.0,
 ) -> dict[str, Tensor]:
     "The weighted sum, by name."
-    return {k: weight * sum(l[k] for l in losses) for k in losses[0]}
+    first, rest = losses[0], losses[1:]
+    return {name: weight * sum((part[name] for part in rest), first[name]) for name in first}
 
 # %% ../../nbs/2_quantizers/07_composite.ipynb #ad1063ca
 @register_quantizer("product")
@@ -172,21 +279,32 @@ class ProductQuantizer(CompositeQuantizer):
     def __init__(self,
         num_embeddings: int,   # K, all codes together: K_s codes in each of M groups are K_s**M
         embedding_dim: int,    # D, a multiple of the number of groups
-        groups=2,              # M, or the codes of each group
+        groups: int | Sequence[int] = 2,  # M, or the codes of each group
         base: str = "ba_vq",   # registered name of the quantizer of each group
-        **options,             # more arguments of it
+        **options: Any,        # more arguments of it
     ):
-        require(isinstance(groups, (tuple, list)) or is_whole(groups), f"groups is {groups!r}: give how many, or the codes of each")
-        M = len(groups) if isinstance(groups, (tuple, list)) else int(groups)
-        require(M >= 1 and embedding_dim % M == 0, f"embedding_dim {embedding_dim} does not divide into {M} groups: give a multiple of the groups")
+        listed = isinstance(groups, (tuple, list))
+        require(listed or is_whole(groups), f"groups is {groups!r}: give how many, or the codes of each")
+        M = len(groups) if listed else int(groups)
+        require(
+            M >= 1 and embedding_dim % M == 0,
+            f"embedding_dim {embedding_dim} does not divide into {M} groups: give a multiple of the groups")
         super().__init__(num_embeddings, embedding_dim, groups, embedding_dim // M, base, options)
 
-    def pieces(self, x): return zip(self.parts, x.split(self.embedding_dim // len(self.parts), 1))
+    def pieces(self, x: Tensor) -> Iterator[tuple[Any, Tensor]]:
+        "Each part, and its columns of the rows x [N, D]."
+        return zip(self.parts, x.split(self.embedding_dim // len(self.parts), 1))
+
     def quantize_rows(self, x, shape):
-        outs = [p(piece) for p, piece in self.pieces(x)]
-        return self.put_together([o.z_q for o in outs]), add_losses([o.losses for o in outs], 1 / len(outs)), outs
-    def choose_codes(self, x): return [p.encode(piece) for p, piece in self.pieces(x)]
-    def put_together(self, codes): return torch.cat(codes, 1)
+        outs = [part(piece) for part, piece in self.pieces(x)]
+        z_q = self.put_together([out.z_q for out in outs])
+        return z_q, add_losses([out.losses for out in outs], 1 / len(outs)), outs
+
+    def choose_codes(self, x):
+        return [part.encode(piece) for part, piece in self.pieces(x)]
+
+    def put_together(self, codes):
+        return torch.cat(codes, 1)
 
 # %% ../../nbs/2_quantizers/07_composite.ipynb #509a165b
 @register_quantizer("residual")
@@ -196,47 +314,69 @@ class ResidualQuantizer(CompositeQuantizer):
     def __init__(self,
         num_embeddings: int,    # K, all codes together: K_s codes in each of L levels are K_s**L
         embedding_dim: int,     # D
-        levels=2,               # L, or the codes of each level
+        levels: int | Sequence[int] = 2,  # L, or the codes of each level
         base: str = "ba_vq",    # registered name of the quantizer of each level
-        dropout: float = 0.0,   # part of the training images that reach the decoder with a random number of levels
-        **options,              # more arguments of the base
+        dropout: float = 0.0,   # part of the training images of which the decoder sees some levels only
+        **options: Any,         # more arguments of the base
     ):
         super().__init__(num_embeddings, embedding_dim, levels, embedding_dim, base, options)
         require(0 <= dropout <= 1, f"dropout is {dropout}: give a part of the images from 0 to 1")
-        require(len(self.sizes) == 1 or getattr(self.parts[0], "distance", "") != "cosine", "codes of length one cannot correct what is left over: use distance euclidean")
+        require(
+            len(self.sizes) == 1 or self.distance != "cosine",
+            "codes of length one cannot correct what is left over: use distance euclidean")
         self.dropout = dropout
 
+    def quantize_rows(self, x, shape):
+        return quantize_residuals(self, x, shape)
+
     def choose_codes(self, x):
-        index = []
-        for p in self.parts: index.append(p.encode(x)); x = x - p.decode(index[-1])
-        return index
-    def put_together(self, codes): return sum(codes[1:], codes[0])
+        chosen = []
+        for part in self.parts:
+            index = part.encode(x)
+            x = x - part.decode(index)
+            chosen.append(index)
+        return chosen
+
+    def put_together(self, codes):
+        return sum(codes[1:], codes[0])
+
     def decode(self, indices: Tensor, levels: int | None = None) -> Tensor:
         "The codes that indices stand for, or the sum of their first levels."
-        require(levels is None or 1 <= levels <= len(self.parts), f"levels is {levels}: give 1 to {len(self.parts)}")
+        count = len(self.parts)
+        require(levels is None or 1 <= levels <= count, f"levels is {levels}: give 1 to {count}")
         return decode_parts(self, indices, levels)
-    def quantize_rows(self, x, shape): return quantize_residuals(self, x, shape)
 
 # %% ../../nbs/2_quantizers/07_composite.ipynb #ef833651
 def quantize_residuals(
     q: ResidualQuantizer,
-    x: Tensor,               # latents [N, D]
-    shape: tuple[int, ...],  # of the latents: the rows of one image are kept or left out together
-):                               # z_q [N, D], losses, what each level returned
+    x: Tensor,          # latents [N, D]
+    shape: torch.Size,  # of the latents: the rows of one image are kept or left out together
+) -> tuple[Tensor, dict[str, Tensor], list[Quantized]]:  # z_q [N, D], losses, what each level returned
     "The levels' forward passes, with one gradient for their sum."
     codes, outs, residual = [], [], x
     keep = kept_levels(q, x, shape)
-    for level, p in enumerate(q.parts):
-        outs.append(p(residual))
-        e = outs[-1].z_q if q.estimate is None else outs[-1].z_q.detach()
+    for level, part in enumerate(q.parts):
+        out = part(residual)
+        e = out.z_q if q.estimate is None else out.z_q.detach()
         residual = residual - e
         codes.append(e if keep is None else e * (level < keep))
+        outs.append(out)
     z_q = q.put_together(codes)
-    if q.training and q.estimate is not None: z_q = q.estimate(x, z_q)
-    return z_q, add_losses([o.losses for o in outs]), outs
+    if q.training and q.estimate is not None:
+        z_q = q.estimate(x, z_q)
+    return z_q, add_losses([out.losses for out in outs]), outs
 
-def kept_levels(q, x, shape):  # [N, 1], or None: all of them
-    if not (q.training and q.dropout > 0): return None
-    keep = torch.randint(1, len(q.parts) + 1, (shape[0],), device=x.device)
-    keep = torch.where(torch.rand(shape[0], device=x.device) < q.dropout, keep, len(q.parts))
-    return keep.repeat_interleave(len(x) // shape[0])[:, None]
+# %% ../../nbs/2_quantizers/07_composite.ipynb #d2eed073
+def kept_levels(
+    q: ResidualQuantizer,
+    x: Tensor,          # latents [N, D]
+    shape: torch.Size,  # of the latents
+) -> Tensor | None:     # [N, 1]; None: all of them
+    "The number of levels that reach the decoder, for each row."
+    if not q.training or q.dropout == 0:
+        return None
+    images = shape[0]
+    keep = torch.randint(1, len(q.parts) + 1, (images,), device=x.device)
+    dropped = torch.rand(images, device=x.device) < q.dropout
+    keep = torch.where(dropped, keep, len(q.parts))
+    return keep.repeat_interleave(len(x) // images)[:, None]

@@ -8,8 +8,8 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from .ba_vq import as_schedule
-from .composite import all_codes, code_sizes, join_indices, measure, prime_factors, split_indices, wide_rows
+from .schedules import as_schedule
+from .composite import all_codes, part_sizes, join_indices, batch_usage, prime_factors, split_indices, precise_rows
 from ..core.distributed import all_reduce
 from ..core.errors import choose, is_number, require, typed
 from .base import (Quantized, Quantizer, check_finite, check_indices, from_rows, full_precision, init_uniform, initialise,
@@ -66,7 +66,7 @@ def draw(
         y = F.gumbel_softmax(-d / (q.temperature * d_ref))
         index, blend = y.argmax(1), y @ (e.detach() if q.hard else e)
         z_q = F.embedding(index, e) + (blend - blend.detach()) if q.hard else blend
-        metrics = dict(code_indices=from_rows(index, z.shape), **measure(index, q.num_embeddings), **q.report())
+        metrics = dict(code_indices=from_rows(index, z.shape), **batch_usage(index, q.num_embeddings), **q.report())
         return Quantized(from_rows(z_q, z.shape), q.losses(x, blend), metrics)
 
 # %% ../../nbs/2_quantizers/08_searchless.ipynb #dd144ed2
@@ -99,8 +99,8 @@ def default_levels(
     num_embeddings: int,  # K
 ) -> tuple[int, ...]:         # their product is K
     "The fewest levels of 3 to 8 whose product is K."
-    factors = len(prime_factors(code_sizes(num_embeddings, 1)[0]))
-    splits = [code_sizes(num_embeddings, d) for d in range(1, factors + 1)]
+    factors = len(prime_factors(part_sizes(num_embeddings, 1)[0]))
+    splits = [part_sizes(num_embeddings, d) for d in range(1, factors + 1)]
     good = [s for s in splits if 3 <= min(s) and max(s) <= 8]
     require(good, f"{num_embeddings} codes do not split into levels of 3 to 8: give levels, or another number such as {2 ** max(2, round(math.log2(num_embeddings)))}")
     return good[0]
@@ -118,7 +118,7 @@ class FSQQuantizer(nn.Module):
         super().__init__()
         require(embedding_dim >= 1, f"embedding_dim is {embedding_dim}: give at least 1")
         self.num_embeddings, self.embedding_dim = int(num_embeddings), int(embedding_dim)
-        self.sizes = code_sizes(num_embeddings, levels) if levels else default_levels(num_embeddings)
+        self.sizes = part_sizes(num_embeddings, levels) if levels else default_levels(num_embeddings)
         require(3 <= min(self.sizes) and max(self.sizes) <= 256, f"the levels are {self.sizes}: give 3 to 256 for each dimension")
         d, D = len(self.sizes), self.embedding_dim
         self.project_in, self.project_out = (nn.Linear(D, d), nn.Linear(d, D)) if d != D else (nn.Identity(), nn.Identity())
@@ -130,7 +130,7 @@ class FSQQuantizer(nn.Module):
     def forward(self, z: Tensor) -> Quantized: return round_latents(self, z)
     @torch.no_grad()
     def encode(self, z: Tensor) -> Tensor:
-        check_finite(wide_rows(z, self.embedding_dim))
+        check_finite(precise_rows(z, self.embedding_dim))
         return round_latents(self, z).metrics["code_indices"]
     def decode(self, indices: Tensor) -> Tensor: return grid_points(self, indices)
     def extra_repr(self): return f"K={'·'.join(map(str, self.sizes))}, D={self.embedding_dim}"
@@ -142,15 +142,15 @@ def round_latents(
 ) -> Quantized:
     "One forward pass: bound, round, measure."
     with full_precision(z):
-        x = wide_rows(z, q.embedding_dim).to(q.levels.dtype)
+        x = precise_rows(z, q.embedding_dim).to(q.levels.dtype)
         if x.device.type == "cpu": check_finite(x)
         inside = bound(q.project_in(x), q.levels)
         digits = (inside.detach().round() + q.levels // 2).long()
         rounded = straight_through(inside, inside.round()) / (q.levels // 2)
         z_q = q.project_out(rounded) if q.training else q.project_out(rounded).detach()
         digits = list(digits.unbind(1)); index = join_indices(digits, q.sizes)
-        each = torch.stack([measure(i, L)["perplexity"] for i, L in zip(digits, q.sizes)])
-        metrics = dict(code_indices=from_rows(index, z.shape), part_perplexity=each, **measure(index, q.num_embeddings))
+        each = torch.stack([batch_usage(i, L)["perplexity"] for i, L in zip(digits, q.sizes)])
+        metrics = dict(code_indices=from_rows(index, z.shape), part_perplexity=each, **batch_usage(index, q.num_embeddings))
         return Quantized(from_rows(z_q, z.shape), {}, metrics)
 
 def grid_points(

@@ -115,7 +115,7 @@ class ReconstructionMeter:
         other: ReconstructionMeter,  # another meter, of another part of the data
     ) -> ReconstructionMeter:        # this one
         "Add what another meter has seen."
-        self.sums = _added(self.sums, other.sums)
+        self.sums = _added(other.sums, self.sums)
         return self
 
     def compute(self) -> dict[str, float]:
@@ -124,7 +124,7 @@ class ReconstructionMeter:
 
 # %% ../../nbs/1_theory/03_metrics.ipynb #01379a10
 def _reconstruction_sums(x: Tensor, y: Tensor) -> Tensor:
-    "Of a batch: images, their three errors, their PSNRs, and values of x that are NaN or outside [-1, 1]; [6]."
+    "Of a batch [6]: images, their three errors, their PSNRs, values of x that are NaN or outside [-1, 1]."
     errors = image_errors(x, y)
     images = torch.full_like(errors[0, 0], len(x))
     outside = (~(x.abs() <= 1.001)).sum()  # NaN too
@@ -145,8 +145,8 @@ def _reconstruction_measures(
 ) -> dict[str, float]:
     "From the six sums to what is reported."
     require(images > 0, "the meter is empty: update it with a batch first")
-    unnormalised = f"{outside:.0f} values of the originals are NaN or lie outside [-1, 1]: normalise the images first"
-    require(outside == 0, unnormalised)
+    found = f"{outside:.0f} values of the originals are NaN or lie outside [-1, 1]"
+    require(outside == 0, f"{found}: normalise the images first")
 
     def decibels(total):
         return psnr_from_mse(torch.tensor(total / images, dtype=torch.float64)).item()
@@ -161,7 +161,8 @@ def code_counts(
 ) -> Tensor:              # [K] int64
     """How often each code was used.
 
-    Indices outside 0..K-1 are an error on the CPU, and not counted elsewhere, where looking would stop the device."""
+    Indices outside 0..K-1 are an error on the CPU. Elsewhere, where looking would stop the device, they are
+    not counted."""
     _check_indices(indices, num_embeddings)
     counts = _binned(indices, num_embeddings)
     if indices.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -255,7 +256,7 @@ class CodeMeter:
         "Add what another meter has seen."
         sizes = f"the meters count {self.num_embeddings} and {other.num_embeddings} codes"
         require(self.num_embeddings == other.num_embeddings, f"{sizes}: merge meters of one codebook")
-        self.sums = _added(self.sums, other.sums)
+        self.sums = _added(other.sums, self.sums)
         return self
 
     def compute(self) -> dict[str, float]:
@@ -314,9 +315,7 @@ class LossMeter:
         for name, value in losses.items():
             v = value.detach().to(torch.promote_types(value.dtype, torch.float32))
             self.total[name] = self.total.get(name, 0) + weight * v
-        finite = losses["loss"].detach().isfinite()
-        if norm is not None:
-            finite = finite & norm.isfinite()
+        finite = losses["loss"].detach().isfinite() & (norm is None or norm.isfinite())
         self.good = self.good + (finite & (self.good == self.steps))
         self.steps += 1
         self.weight += weight

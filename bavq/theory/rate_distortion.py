@@ -5,23 +5,24 @@
 # %% ../../nbs/1_theory/04_rate_distortion.ipynb #9ef47f76
 from __future__ import annotations
 import math
-from typing import Callable, Iterable, NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from ..core.errors import require, typed, as_numbers
 
 # %% auto #0
-__all__ = ['ba_step', 'distance_blocks', 'ba_sums', 'BAResult', 'ba_solve', 'blahut_arimoto', 'blahut_arimoto_codebook',
-           'certificates', 'rd_curve', 'binary_entropy', 'bernoulli_rd', 'water_level', 'gaussian_rd', 'critical_beta']
+__all__ = ['BAResult', 'blahut_arimoto', 'certificates', 'blahut_arimoto_codebook', 'rd_curve', 'bernoulli_rd', 'gaussian_rd',
+           'critical_beta']
 
 # %% ../../nbs/1_theory/04_rate_distortion.ipynb #09d37383
 def ba_step(
-    d: Tensor,     # distortions [N, K]
-    beta: float,   # nats per unit of distortion
-    Q: Tensor,     # marginal of the codes [K]
-    p: Tensor,     # source probabilities [N]
-) -> tuple[Tensor, Tensor]:
-    "One Blahut–Arimoto step: the channel P [N, K] for Q, and the marginal [K] of that channel."
+    d: Tensor,              # distortions [N, K]
+    beta: float,            # nats per unit of distortion
+    Q: Tensor,              # marginal of the codes [K]
+    p: Tensor,              # source probabilities [N]
+) -> tuple[Tensor, Tensor]: # channel P [N, K], and its marginal [K]
+    "One Blahut–Arimoto step."
     P = torch.softmax(Q.log() - beta * d, 1)
     return P, p @ P
 
@@ -30,7 +31,7 @@ def distance_blocks(
     x: Tensor,          # samples [N, D], equally probable
     e: Tensor,          # codes [K, D]
     chunk: int = 1024,  # samples in a block
-) -> Iterable:          # of (p [n], d [n, K]), float64
+) -> Iterator[tuple[Tensor, Tensor]]:  # of (p [n], d [n, K]), float64
     "A source block by block: probabilities, and squared distances to the codes."
     for rows in x.split(chunk):
         d = torch.cdist(rows.double(), e.double()).square()
@@ -38,16 +39,19 @@ def distance_blocks(
 
 # %% ../../nbs/1_theory/04_rate_distortion.ipynb #2f516352
 def ba_sums(
-    blocks: Iterable,  # of (p [n], d [n, K]), the whole source
-    beta: float,       # nats per unit of distortion
-    log_Q: Tensor,     # logarithm of the marginal [K]
-) -> tuple[Tensor, Tensor, Tensor]:
-    "What a Blahut–Arimoto step needs of the source: log c [K], free energy F(Q) in nats, distortion of the channel."
-    log_c, free_energy, distortion = torch.full_like(log_Q, -math.inf), log_Q.new_zeros(()), log_Q.new_zeros(())
+    blocks: Iterable[tuple[Tensor, Tensor]],  # of (p [n], d [n, K]), the whole source
+    beta: float,                              # nats per unit of distortion
+    log_Q: Tensor,                            # logarithm of the marginal [K]
+) -> tuple[Tensor, Tensor, Tensor]:  # log c [K], free energy F(Q) in nats, distortion of the channel
+    "What a Blahut–Arimoto step needs of the source."
+    log_c = torch.full_like(log_Q, -math.inf)
+    free_energy = log_Q.new_zeros(())
+    distortion = log_Q.new_zeros(())
     for p, d in blocks:
-        low = d.amin(1, keepdim=True); d = d - low   # so that nothing is lost where βd is large
+        low = d.amin(1, keepdim=True)
+        d = d - low  # so that nothing is lost where βd is large
         log_Z = torch.logsumexp(log_Q - beta * d, 1, keepdim=True)
-        log_ratio = -beta * d - log_Z   # P(k|x) / Q(k)
+        log_ratio = -beta * d - log_Z  # P(k|x) / Q(k)
         log_c = torch.logaddexp(log_c, torch.logsumexp(p.log()[:, None] + log_ratio, 0))
         free_energy = free_energy + p @ (beta * low - log_Z)[:, 0]
         distortion = distortion + p @ (((log_Q + log_ratio).exp() * d).sum(1) + low[:, 0])
@@ -64,114 +68,133 @@ class BAResult(NamedTuple):
     certificates: Tensor  # c [K]: 1 on the codes in use, at most 1 on the others, at the optimum
     gap: Tensor           # rate - R(distortion) is at most this, nats
 
+# %% ../../nbs/1_theory/04_rate_distortion.ipynb #428f433c
 def ba_solve(
-    blocks: Callable,  # blocks() gives the source anew, as `ba_sums` takes it
+    blocks: Callable[[], Iterable[tuple[Tensor, Tensor]]],  # blocks() gives the source, as `ba_sums` takes it
     beta: float,       # nats per unit of distortion
     Q: Tensor,         # marginal to start from [K]
     iterations: int,   # at most so many steps
     tol: float,        # stop when the gap is no larger, nats
 ) -> BAResult:
     "Blahut–Arimoto on a source in blocks."
-    require(math.isfinite(beta) and beta > 0, f"beta is {beta}: give a finite number above 0, in nats per unit of distortion")
+    positive = math.isfinite(beta) and beta > 0
+    require(positive, f"beta is {beta}: give a finite number above 0, in nats per unit of distortion")
     require(iterations >= 1, f"iterations is {iterations}: give at least 1")
     log_Q, history = Q.log(), []
     for i in range(iterations):
         log_c, free_energy, distortion = ba_sums(blocks(), beta, log_Q)
         history.append(free_energy)
-        excess = ((log_Q + log_c).exp() * log_c).nan_to_num().sum()   # sum of Q c log c
+        excess = ((log_Q + log_c).exp() * log_c).nan_to_num().sum()  # sum of Q c log c
         gap = log_c.max() - excess
-        if gap <= tol or i == iterations - 1: break
+        if gap <= tol or i == iterations - 1:
+            break
         log_Q = torch.log_softmax(log_Q + log_c, 0)
     rate = (free_energy - beta * distortion - excess).clamp_min(0)
     return BAResult(None, log_Q.exp(), rate, distortion, torch.stack(history), log_c.exp(), gap)
 
 # %% ../../nbs/1_theory/04_rate_distortion.ipynb #dcbb81ed
-def _probabilities(p, n, what, like):
-    if p is None: return torch.full((n,), 1 / n, dtype=torch.float64, device=like.device)
+def _probabilities(p: Tensor | None, n: int, name: str, like: Tensor) -> Tensor:
+    "p in float64, on the device of `like`; uniform where it is None."
+    if p is None:
+        return torch.full((n,), 1 / n, dtype=torch.float64, device=like.device)
     p = torch.as_tensor(p, dtype=torch.float64, device=like.device)
-    require(p.shape == (n,), f"{what} has shape {list(p.shape)}: give [{n}]")
-    require(bool((p >= 0).all()) and abs(float(p.sum()) - 1) < 1e-4, f"{what} sums to {float(p.sum()):g}, smallest {float(p.min()):g}: give probabilities that are not negative and sum to 1")
+    require(p.shape == (n,), f"{name} has shape {list(p.shape)}: give [{n}]")
+    total, smallest = float(p.sum()), float(p.min())
+    found = f"{name} sums to {total:g}, smallest {smallest:g}"
+    is_distribution = bool((p >= 0).all()) and abs(total - 1) < 1e-4
+    require(is_distribution, f"{found}: give probabilities that are not negative and sum to 1")
     return p / p.sum()
 
-def _problem(d, p, Q):
+def _checked_distortions(d: Tensor) -> Tensor:
+    "The table [N, K] in float64, without its graph."
     d = torch.as_tensor(d).detach().double()
-    require(d.dim() == 2 and d.numel() > 0, f"distortions have shape {list(d.shape)}: give a table [N, K]")
+    is_table = d.dim() == 2 and d.numel() > 0
+    require(is_table, f"distortions have shape {list(d.shape)}: give a table [N, K]")
     require(bool(d.isfinite().all()), "distortions hold NaN or infinite values: give finite ones")
     require(bool((d >= 0).all()), f"the smallest distortion is {float(d.min()):g}: give none below 0")
-    return d, _probabilities(p, d.shape[0], "p", d), _probabilities(Q, d.shape[1], "Q", d)
+    return d
 
 # %% ../../nbs/1_theory/04_rate_distortion.ipynb #7e423df8
 @typed
 def blahut_arimoto(
-    d: Tensor,               # distortions [N, K], 0 or more
-    beta: float,             # nats per unit of distortion, above 0
+    d: Tensor,                # distortions [N, K], 0 or more
+    beta: float,              # nats per unit of distortion, above 0
     p: Tensor | None = None,  # source probabilities [N]; None: uniform
     Q: Tensor | None = None,  # marginal to start from [K]; None: uniform. A code that starts at 0 stays there
-    iterations: int = 2000,  # at most so many steps
-    tol: float = 1e-7,       # stop when the rate is known so well, nats
+    iterations: int = 2000,   # at most so many steps
+    tol: float = 1e-7,        # stop when the rate is known so well, nats
 ) -> BAResult:
     "The point of R(D) where its slope is -beta (Blahut 1972; Arimoto 1972), in float64."
-    d, p, Q = _problem(d, p, Q)
+    d = _checked_distortions(d)
+    p = _probabilities(p, d.shape[0], "p", d)
+    Q = _probabilities(Q, d.shape[1], "Q", d)
     result = ba_solve(lambda: [(p, d)], beta, Q, iterations, tol)
     return result._replace(P=ba_step(d, beta, result.Q, p)[0])
 
-def blahut_arimoto_codebook(
-    x: Tensor,               # samples [N, D]
-    e: Tensor,               # codes [K, D]
-    beta: float,             # nats per squared distance, above 0
-    Q: Tensor | None = None,  # marginal to start from [K]; None: uniform
-    iterations: int = 200,   # at most so many steps
-    tol: float = 1e-4,       # stop when the rate is known so well, nats
-    chunk: int = 1024,       # samples at a time
-) -> BAResult:
-    "Blahut–Arimoto for a codebook under squared error, never holding more than [chunk, K] distances."
-    require(x.dim() == 2 and e.dim() == 2 and x.shape[1] == e.shape[1] and len(x) and len(e), f"samples are {list(x.shape)}, codes {list(e.shape)}: give [N, D] and [K, D]")
-    require(chunk >= 1, f"chunk is {chunk}: give at least 1")
-    require(bool(x.isfinite().all() and e.isfinite().all()), "samples or codes hold NaN or infinite values: remove them")
-    x, e = x.detach(), e.detach()
-    return ba_solve(lambda: distance_blocks(x, e, chunk), beta, _probabilities(Q, len(e), "Q", e), iterations, tol)
-
 def certificates(
-    d: Tensor,               # distortions [N, K]
-    beta: float,             # nats per unit of distortion
-    Q: Tensor,               # a marginal [K]
+    d: Tensor,                # distortions [N, K]
+    beta: float,              # nats per unit of distortion
+    Q: Tensor,                # a marginal [K]
     p: Tensor | None = None,  # source probabilities [N]; None: uniform
-) -> Tensor:                 # c [K]
+) -> Tensor:                  # c [K]
     "c_k = E[exp(-beta d_k) / Z]: by how much one step multiplies Q_k."
     return blahut_arimoto(d, beta, p, Q, iterations=1).certificates
+
+# %% ../../nbs/1_theory/04_rate_distortion.ipynb #749dd84b
+def blahut_arimoto_codebook(
+    x: Tensor,                # samples [N, D]
+    e: Tensor,                # codes [K, D]
+    beta: float,              # nats per squared distance, above 0
+    Q: Tensor | None = None,  # marginal to start from [K]; None: uniform
+    iterations: int = 200,    # at most so many steps
+    tol: float = 1e-4,        # stop when the rate is known so well, nats
+    chunk: int = 1024,        # samples at a time
+) -> BAResult:
+    "Blahut–Arimoto for a codebook under squared error, never holding more than [chunk, K] distances."
+    fit_together = x.dim() == 2 and e.dim() == 2 and x.shape[1] == e.shape[1] and len(x) > 0 and len(e) > 0
+    require(fit_together, f"samples are {list(x.shape)}, codes {list(e.shape)}: give [N, D] and [K, D]")
+    require(chunk >= 1, f"chunk is {chunk}: give at least 1")
+    finite = bool(x.isfinite().all() and e.isfinite().all())
+    require(finite, "samples or codes hold NaN or infinite values: remove them")
+    x, e = x.detach(), e.detach()
+    Q = _probabilities(Q, len(e), "Q", e)
+    return ba_solve(lambda: distance_blocks(x, e, chunk), beta, Q, iterations, tol)
 
 # %% ../../nbs/1_theory/04_rate_distortion.ipynb #d35d2dbd
 @typed
 def rd_curve(
-    d: Tensor,               # distortions [N, K]
-    betas,                   # nats per unit of distortion, one for each point
+    d: Tensor,                # distortions [N, K]
+    betas: Any,               # nats per unit of distortion, one for each point: list, array or tensor [M]
     p: Tensor | None = None,  # source probabilities [N]; None: uniform
-    **options,               # more arguments of `blahut_arimoto`
-) -> tuple[Tensor, Tensor]:
-    "R(D) as (rate [M] in bits, distortion [M]), one point for each beta."
-    betas = as_numbers(betas, "betas").reshape(-1).tolist()
-    require(betas, "there is no beta: give at least one")
-    points = [blahut_arimoto(d, b, p, **options) for b in betas]
-    return torch.stack([r.rate for r in points]) / math.log(2), torch.stack([r.distortion for r in points])
+    **options: Any,           # more arguments of `blahut_arimoto`
+) -> tuple[Tensor, Tensor]:   # rate [M] in bits, distortion [M]
+    "R(D), one point for each beta."
+    prices = as_numbers(betas, "betas").reshape(-1).tolist()
+    require(len(prices) > 0, "there is no beta: give at least one")
+    points = [blahut_arimoto(d, beta, p, **options) for beta in prices]
+    rate = torch.stack([r.rate for r in points]) / math.log(2)
+    return rate, torch.stack([r.distortion for r in points])
 
 # %% ../../nbs/1_theory/04_rate_distortion.ipynb #18ce28f2
 def binary_entropy(
     p: Tensor,  # probabilities
-) -> Tensor:
-    "h(p) in bits."
+) -> Tensor:    # bits
+    "h(p), the entropy of a coin."
     p = torch.as_tensor(p, dtype=torch.float64)
     return -(torch.special.xlogy(p, p) + torch.special.xlogy(1 - p, 1 - p)) / math.log(2)
 
+# %% ../../nbs/1_theory/04_rate_distortion.ipynb #df41bfd8
 @typed
 def bernoulli_rd(
     p: float,            # probability of a 1
     distortion: Tensor,  # share of wrong bits, 0 or more
-) -> Tensor:
-    "R(D) of a coin under Hamming distortion, bits (Cover & Thomas 2006, theorem 10.3.1)."
+) -> Tensor:             # bits
+    "R(D) of a coin under Hamming distortion (Cover & Thomas 2006, theorem 10.3.1)."
     require(0 <= p <= 1, f"p is {p}: give a probability")
     D = torch.as_tensor(distortion, dtype=torch.float64)
     require(bool((D >= 0).all()), f"the smallest distortion is {float(D.min()):g}: give none below 0")
-    return (binary_entropy(p) - binary_entropy(D.clamp(max=min(p, 1 - p)))).clamp_min(0)
+    without_code = binary_entropy(torch.tensor(p, dtype=torch.float64))
+    return (without_code - binary_entropy(D.clamp(max=min(p, 1 - p)))).clamp_min(0)
 
 # %% ../../nbs/1_theory/04_rate_distortion.ipynb #03f42a93
 def water_level(
@@ -180,27 +203,33 @@ def water_level(
 ) -> Tensor:             # theta [M]
     "The level at which sum(min(theta, variances)) is the distortion."
     v = variances.sort().values
-    spent = torch.cat([v.new_zeros(1), v.cumsum(0)[:-1]])   # if the i smallest components are dropped
+    spent = torch.cat([v.new_zeros(1), v.cumsum(0)[:-1]])  # if the i smallest components are dropped
     level = (distortion[:, None] - spent) / torch.arange(len(v), 0, -1, device=v.device)
     return level.amax(1).clamp(max=v[-1])
 
+# %% ../../nbs/1_theory/04_rate_distortion.ipynb #b8186f20
 def gaussian_rd(
-    variances,           # of the independent components [n]; eigenvalues of a covariance
-    distortion,          # total squared error, sum over the components: a number or [M], above 0
-) -> Tensor:             # the shape of `distortion`
-    "R(D) of a Gaussian vector under squared error, bits per vector (Cover & Thomas 2006, theorem 10.3.3)."
-    v, D = torch.atleast_1d(as_numbers(variances, "variances")), as_numbers(distortion, "distortion")
-    require(v.dim() == 1 and len(v) and bool((v > 0).all() and v.isfinite().all()), "variances are not all above 0: drop the components that do not vary")
-    require(bool((D > 0).all()), f"the smallest distortion is {float(D.min()):g}: give none at or below 0, where the rate is infinite")
+    variances: Any,   # of the independent components [n]; eigenvalues of a covariance
+    distortion: Any,  # total squared error, sum over the components: a number or [M], above 0
+) -> Tensor:          # bits per vector, the shape of `distortion`
+    "R(D) of a Gaussian vector under squared error (Cover & Thomas 2006, theorem 10.3.3)."
+    v = torch.atleast_1d(as_numbers(variances, "variances"))
+    D = as_numbers(distortion, "distortion")
+    positive = v.dim() == 1 and len(v) > 0 and bool((v > 0).all() and v.isfinite().all())
+    require(positive, "variances are not all above 0: drop the components that do not vary")
+    smallest = f"the smallest distortion is {float(D.min()):g}"
+    require(bool((D > 0).all()), f"{smallest}: give none at or below 0, where the rate is infinite")
     theta = water_level(v, D.reshape(-1))
     return 0.5 * (v / theta[:, None]).log2().clamp_min(0).sum(1).reshape(D.shape)
 
 # %% ../../nbs/1_theory/04_rate_distortion.ipynb #61f66cb4
 def critical_beta(
     x: Tensor,  # samples [N, D]
-) -> float:
-    "The price at which codes at the mean of the samples begin to part: 1 / (2 λ_max) of the covariance (Rose 1998)."
-    require(x.dim() == 2 and len(x) > 1, f"samples are {list(x.shape)}: give at least two, [N, D]")
-    top = torch.linalg.eigvalsh(torch.atleast_2d(x.double().T.cov(correction=0)))[-1]
-    require(bool(top.isfinite() and top > 0), "the samples do not vary or are not finite: there is no critical price")
-    return 1 / (2 * float(top))
+) -> float:     # nats per squared distance
+    "The price at which codes at the mean of the samples begin to part: 1 / (2 λ_max(cov x)) (Rose 1998)."
+    are_samples = x.dim() == 2 and len(x) > 1
+    require(are_samples, f"samples are {list(x.shape)}: give at least two, [N, D]")
+    largest = torch.linalg.eigvalsh(torch.atleast_2d(x.double().T.cov(correction=0)))[-1]
+    varies = bool(largest.isfinite() and largest > 0)
+    require(varies, "the samples do not vary or are not finite: there is no critical price")
+    return 1 / (2 * float(largest))

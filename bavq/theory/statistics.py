@@ -37,7 +37,7 @@ def paired_difference(
     a: pd.Series,  # values of a method, indexed by seed
     b: pd.Series,  # values of the baseline, indexed by seed
 ) -> dict[str, float]:
-    "Mean `diff` of a-b over the seeds that both have, `low` and `high` of its 95 % t-interval, `p` of no difference."
+    "Mean `diff` of a-b over shared seeds, `low` and `high` of its 95 % t-interval, `p` of no difference."
     shared = a.index.intersection(b.index)
     d = (a[shared] - b[shared]).dropna()
     if len(d) < 2 or np.ptp(d) <= 1e-12 * d.abs().max():
@@ -110,7 +110,7 @@ def permutation_p(
 def bootstrap_interval(
     d: Numbers,  # paired differences [n], n at least 2
 ) -> tuple[float, float]:
-    "95 % interval of their mean by the bias-corrected and accelerated bootstrap, 9,999 resamples from a fixed seed."
+    "95 % interval of their mean by the bias-corrected and accelerated bootstrap (Efron & Tibshirani 1993)."
     found = stats.bootstrap((np.asarray(d, float),), np.mean, rng=0).confidence_interval
     return float(found.low), float(found.high)
 

@@ -5,29 +5,27 @@
 # %% ../../nbs/4_training/06_prior_training.ipynb #3929145a
 from __future__ import annotations
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from ..core.errors import BavqError, check_types, choose, require
 from ..core.config import RunConfig, check_config
 from ..core.distributed import set_seed
-from ..core.errors import BavqError, check_types, choose, require
 from ..core.storage import (Interrupted, atomic_write, newest_checkpoint, only_writer, read_json,
     stop_signals, write_history, write_json, write_weights)
-from .data import epoch_order, get_dataloaders, read_arrays
-from .experiments import environment
-from ..theory.metrics import code_counts
 from ..models.priors import Prior, load_prior, make_prior, model_hash
-from .checkpoints import Training, load_model, restore_state, save_checkpoint, locate_error
+from .data import epoch_order, get_dataloaders, read_arrays
+from .checkpoints import Training, load_model, locate_error, restore_state, save_checkpoint
 from .loop import cooled_rate, end_epoch, make_accelerator, rest_of_epoch, start_log
+from .experiments import environment
 
 # %% auto #0
-__all__ = ['Codes', 'model_codes', 'extract_codes', 'context_bits', 'code_bits', 'PriorConfig', 'code_sizes', 'CodeBatches',
-           'prepare_prior', 'bits_per_code', 'prior_epoch', 'check_prior_folder', 'restore_prior', 'fit_prior',
-           'train_prior', 'sample_images', 'samples_figure', 'save_samples']
+__all__ = ['Codes', 'model_codes', 'extract_codes', 'code_bits', 'PriorConfig', 'fit_prior', 'train_prior', 'sample_images']
 
 # %% ../../nbs/4_training/06_prior_training.ipynb #9c6d15e7
 class Codes(NamedTuple):
@@ -41,74 +39,139 @@ class Codes(NamedTuple):
     top_embeddings: int = 0  # codes of the coarser grids
     model: str = ""          # `model_hash` of the autoencoder
 
+# %% ../../nbs/4_training/06_prior_training.ipynb #12826f73
+def encode_all(
+    model: Any,        # a VQVAE, or a VQVAE2
+    loader: Any,       # of `get_dataloaders`
+    sizes: list[int],  # K of every level
+) -> tuple[list[np.ndarray], np.ndarray]:  # grids [N, H, W] of every level, labels [N]
+    "The codes of all images of a loader, and their labels."
+    device = next(iter(model.state_dict().values())).device
+    levels: list[list[np.ndarray]] = [[] for _ in sizes]
+    labels = []
+    for x, y in loader:
+        codes = model.encode(x.to(device))
+        for level, grids in zip(levels, codes if isinstance(codes, tuple) else (codes,)):
+            level.append(grids.cpu().numpy())
+        labels.append(y.cpu().numpy())
+    small = [np.uint8 if K <= 256 else np.uint16 for K in sizes]
+    grids = [np.concatenate(level).astype(kind) for level, kind in zip(levels, small)]
+    return grids, np.concatenate(labels).astype(np.int64)
+
+def encode_in_order(
+    model: Any,        # a VQVAE, or a VQVAE2
+    loader: Any,       # of training images
+    sizes: list[int],  # K of every level
+) -> tuple[list[np.ndarray], np.ndarray]:
+    "As `encode_all`, of all training images in their own order."
+    before = loader.train, loader.epoch, loader.start
+    loader.train, loader.start = False, 0
+    try:
+        return encode_all(model, loader, sizes)
+    finally:
+        loader.train, loader.epoch, loader.start = before
+
+# %% ../../nbs/4_training/06_prior_training.ipynb #06d10476
 def model_codes(
-    model: nn.Module,  # a VQVAE, or a VQVAE2
-    train, test,       # loaders of `get_dataloaders`
+    model: Any,         # a VQVAE, or a VQVAE2
+    train_loader: Any,  # of `get_dataloaders`
+    test_loader: Any,   # of `get_dataloaders`
 ) -> list[Codes]:
-    "The codes of every level, coarsest first: the first conditioned on labels, each other one on the level before."
+    "The codes of every level, coarsest first: conditioned on labels, each other one on the level before."
     top = getattr(model, "quantizer_top", None)
-    sizes = [q.num_embeddings for q in (top, model.quantizer) if q]
+    quantizers = [model.quantizer] if top is None else [top, model.quantizer]
+    sizes = [q.num_embeddings for q in quantizers]
     require(max(sizes) <= 2**16, f"the codebook has {max(sizes)} codes: a prior takes at most {2**16}")
-    before = train.train, train.epoch, train.start
-    train.train, train.start = False, 0   # all images, in order
-    try: (*a, a_labels), (*b, b_labels) = (_encoded(model, loader, sizes) for loader in (train, test))
-    finally: train.train, train.epoch, train.start = before
-    levels = [Codes(a[0], b[0], a_labels, b_labels, sizes[0], num_classes=int(max(a_labels.max(), b_labels.max())) + 1, model=model_hash(model))]
-    if top: levels.append(Codes(a[1], b[1], a[0], b[0], sizes[1], top_embeddings=sizes[0], model=levels[0].model))
+    train, train_labels = encode_in_order(model, train_loader, sizes)
+    test, test_labels = encode_all(model, test_loader, sizes)
+    digest = model_hash(model)
+    classes = count_classes(train_labels, test_labels)
+    levels = [Codes(train[0], test[0], train_labels, test_labels, sizes[0], classes, model=digest)]
+    if top is not None:
+        levels.append(Codes(train[1], test[1], train[0], test[0], sizes[1], 0, sizes[0], digest))
     return levels
 
-def _encoded(model, loader, sizes):
-    levels, device = [[] for _ in (*sizes, "labels")], next(iter(model.state_dict().values())).device
-    for x, y in loader:
-        k = model.encode(x.to(device))
-        for level, v in zip(levels, (*(k if isinstance(k, tuple) else (k,)), y)): level.append(v.cpu().numpy())
-    small = [np.uint8 if K <= 256 else np.uint16 for K in sizes] + [np.int64]
-    return [np.concatenate(level).astype(kind) for level, kind in zip(levels, small)]
+# %% ../../nbs/4_training/06_prior_training.ipynb #2ebd2b2a
+def count_classes(
+    train_labels: np.ndarray,  # [N]
+    test_labels: np.ndarray,   # [M]
+) -> int:
+    "How many classes the labels, from 0, may have."
+    return int(max(train_labels.max(), test_labels.max())) + 1
 
 # %% ../../nbs/4_training/06_prior_training.ipynb #8b16860c
 def extract_codes(
     run: str | Path,      # folder of a trained autoencoder
     data_root: str = "",  # where torchvision's data sets lie; empty: where the run found them
 ) -> Codes:
-    "The codes and labels of a run's images, from codes-HASH/ in its folder; computed where they are not there yet."
+    "The codes and labels of a run's images, from codes-HASH/ in its folder, or computed and put there."
     model, c = load_model(run)
     require(not hasattr(model, "quantizer_top"), f"{run} has two levels of codes: take both with model_codes")
     digest = model_hash(model)
-    files = [Path(run) / f"codes-{digest[:8]}" / f"{name}.npy" for name in Codes._fields[:4]]
+    place = Path(run) / f"codes-{digest[:8]}"
+    files = [place / f"{name}.npy" for name in Codes._fields[:4]]
     if not all(f.exists() for f in files):
-        loaders = get_dataloaders(c.data, min(c.batch_size, 250), data_root or c.data_root, c.seed, c.workers, c.train_size, image_size=c.image_size)
-        for f, a in zip(files, model_codes(model, *loaders)[0]): atomic_write(f, lambda file: np.save(file, a))
-    arrays = [read_arrays(f)["images"] for f in files]
-    return Codes(*arrays, model.quantizer.num_embeddings, num_classes=int(max(arrays[2].max(), arrays[3].max())) + 1, model=digest)
+        train_loader, test_loader = get_dataloaders(
+            c.data, min(c.batch_size, 250), data_root or c.data_root, c.seed, c.workers, c.train_size,
+            image_size=c.image_size)
+        codes = model_codes(model, train_loader, test_loader)[0]
+        for f, array in zip(files, codes[:4]):
+            save_array(f, array)
+    train, test, train_cond, test_cond = (read_arrays(f)["images"] for f in files)
+    quantizer: Any = model.quantizer
+    classes = count_classes(train_cond, test_cond)
+    return Codes(train, test, train_cond, test_cond, quantizer.num_embeddings, classes, model=digest)
+
+# %% ../../nbs/4_training/06_prior_training.ipynb #127b2db3
+def save_array(
+    path: Path,         # an .npy file
+    array: np.ndarray,  # what goes into it
+) -> None:
+    "Write an array, whole or not at all."
+    atomic_write(path, lambda file: np.save(file, array))
 
 # %% ../../nbs/4_training/06_prior_training.ipynb #0aef4760
+def with_neighbour(
+    grids: np.ndarray,    # [N, H, W]
+    num_embeddings: int,  # K
+    context: str,         # none, left or above
+) -> tuple[Tensor, Tensor]:  # [N, H, W] int64 of both
+    "For each code, the neighbour that is known (outside the grid: K; with none: 0), and the code."
+    left, above = choose(context, dict(none=(0, 0), left=(1, 0), above=(0, 1)), "context")
+    code = torch.from_numpy(grids.astype(np.int64))
+    if context == "none":
+        return torch.zeros_like(code), code
+    padded = F.pad(code, (left, 0, above, 0), value=num_embeddings)
+    return padded[:, :code.shape[1], :code.shape[2]], code
+
 def context_bits(
     counted: np.ndarray,     # [N, H, W] grids that the table is made of
     coded: np.ndarray,       # [M, H, W] grids that pay
     num_embeddings: int,     # K
     context: str = "none",   # the neighbour that is known: none, left or above
     smoothing: float = 0.5,  # added to every count
-) -> float:
-    "Bits a code under a table of counts, of codes alone or of codes given a neighbour (outside the grid: K)."
-    K, (left, above) = num_embeddings, choose(context, dict(none=(0, 0), left=(1, 0), above=(0, 1)), "context")
-    def pairs(grids):
-        x = torch.from_numpy(grids.astype(np.int64))
-        known = F.pad(x, (left, 0, above, 0), value=K)[:, :x.shape[1], :x.shape[2]]
-        return (known if left or above else torch.zeros_like(x)), x
-    known, code = pairs(counted)
+) -> float:                  # bits a code
+    "The cost under a table of counts, of codes alone or of codes given a neighbour (outside the grid: K)."
+    K = num_embeddings
+    known, code = with_neighbour(counted, K, context)
     seen, n = (known * K + code).unique(return_counts=True)   # a table of all pairs would be large
     rows = known.flatten().bincount(minlength=K + 1)
-    known, code = pairs(coded)
-    place = torch.searchsorted(seen, pair := known * K + code).clamp_max(len(seen) - 1)
+    known, code = with_neighbour(coded, K, context)
+    pair = known * K + code
+    place = torch.searchsorted(seen, pair).clamp_max(len(seen) - 1)
     count = torch.where(seen[place] == pair, n[place], 0)
-    return -((count.double() + smoothing) / (rows[known] + K * smoothing)).log2().mean().item()
+    share = (count.double() + smoothing) / (rows[known] + K * smoothing)
+    return -share.log2().mean().item()
 
+# %% ../../nbs/4_training/06_prior_training.ipynb #3bd549ac
 def code_bits(
-    codes: Codes,
+    codes: Codes,  # of a data set
 ) -> dict[str, float]:
-    "What test codes cost without a network, in bits a code: at a fixed rate, and under tables counted on the training codes."
-    tables = dict(entropy="none", given_left="left", given_above="above")
-    return dict(fixed_rate=math.log2(codes.num_embeddings)) | {k: context_bits(codes.train, codes.test, codes.num_embeddings, v) for k, v in tables.items()}
+    "Bits a test code costs without a network: at a fixed rate, and under tables of the training codes."
+    costs = dict(fixed_rate=math.log2(codes.num_embeddings))
+    for name, context in dict(entropy="none", given_left="left", given_above="above").items():
+        costs[name] = context_bits(codes.train, codes.test, codes.num_embeddings, context)
+    return costs
 
 # %% ../../nbs/4_training/06_prior_training.ipynb #fd34b03d
 @dataclass(frozen=True)
@@ -129,52 +192,109 @@ class PriorConfig:
     checkpoint_every: int = 1       # epochs between checkpoints
     wandb: bool = False             # log to Weights & Biases, project vq-codebook
 
-def code_sizes(
+# %% ../../nbs/4_training/06_prior_training.ipynb #4ad18fff
+def prior_sizes(
     config: PriorConfig,  # of a prior
     codes: Codes,         # it is made for
-) -> dict:
+) -> dict[str, Any]:
     "What `make_prior` is told of the codes."
-    return dict(num_embeddings=codes.num_embeddings, grid=list(codes.train.shape[1:]), num_classes=codes.num_classes * config.class_conditional, top_embeddings=codes.top_embeddings)
+    return dict(
+        num_embeddings=codes.num_embeddings,
+        grid=list(codes.train.shape[1:]),
+        num_classes=codes.num_classes if config.class_conditional else 0,
+        top_embeddings=codes.top_embeddings,
+    )
 
 # %% ../../nbs/4_training/06_prior_training.ipynb #df24c86f
 class CodeBatches:
-    "Batches ((grids [B, H, W] int64, condition or None), None), in an order that depends on the seed and the epoch alone."
-    def __init__(self, grids: np.ndarray, cond: np.ndarray | None, batch_size: int, seed: int = 0, train: bool = True, device="cpu"):
-        require(batch_size >= 1 and (batch_size <= len(grids) or not train), f"batch_size is {batch_size}, with {len(grids)} grids: give 1 to {len(grids)}")
-        self.grids, self.cond, self.batch_size, self.seed, self.train, self.device = grids, cond, batch_size, seed, train, device
-        self.num_images = len(grids); self.set_epoch(0)
+    "Batches ((grids [B, H, W] int64, condition or None), None), in an order set by seed and epoch alone."
+    def __init__(self,
+        grids: np.ndarray,               # [N, H, W]
+        cond: np.ndarray | None,         # [N] labels, [N, h, w] coarser grids, or nothing
+        batch_size: int,                 # grids per step
+        seed: int = 0,                   # of the order
+        train: bool = True,              # shuffled, an incomplete last batch dropped; else in order, all kept
+        device: str | torch.device = "cpu",  # where the batches are wanted
+    ):
+        fits = batch_size >= 1 and (batch_size <= len(grids) or not train)
+        require(fits, f"batch_size is {batch_size}, with {len(grids)} grids: give 1 to {len(grids)}")
+        self.grids = grids
+        self.cond = cond
+        self.batch_size = batch_size
+        self.seed = seed
+        self.train = train
+        self.device = device
+        self.num_images = len(grids)
+        self.set_epoch(0)
 
-    def set_epoch(self, epoch: int, start: int = 0): self.epoch, self.start = epoch, start
-    def __len__(self): return len(self.grids) // self.batch_size if self.train else -(-len(self.grids) // self.batch_size)
-    def __iter__(self):
-        order = epoch_order(len(self.grids), self.seed, self.epoch) if self.train else torch.arange(len(self.grids))
-        wide = lambda a, i: torch.from_numpy(a[i.numpy()].astype(np.int64)).to(self.device)
-        for i in order.split(self.batch_size)[self.start:len(self)]: yield (wide(self.grids, i), None if self.cond is None else wide(self.cond, i)), None
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        "Choose the order of `epoch`, and the step to begin with when iterating."
+        self.epoch = epoch
+        self.start = start
+
+    def __len__(self) -> int:
+        whole, rest = divmod(self.num_images, self.batch_size)
+        return whole if self.train or not rest else whole + 1
+
+    def __iter__(self) -> Iterator[tuple]:
+        order = torch.arange(self.num_images)
+        if self.train:
+            order = epoch_order(self.num_images, self.seed, self.epoch)
+        for i in order.split(self.batch_size)[self.start:len(self)]:
+            cond = None if self.cond is None else self._take(self.cond, i)
+            yield (self._take(self.grids, i), cond), None
+
+    def _take(self, array: np.ndarray, i: Tensor) -> Tensor:
+        return torch.from_numpy(array[i.numpy()].astype(np.int64)).to(self.device)
 
 # %% ../../nbs/4_training/06_prior_training.ipynb #ca7b1519
+def check_prior_config(
+    config: PriorConfig,  # what was asked for
+) -> PriorConfig:         # with its name
+    "The configuration, or a `BavqError`."
+    check_types(config)
+    named = check_config(RunConfig(name=config.name))   # names as those of runs
+    c = replace(config, name=named.name or config.kind)
+    require(min(c.epochs, c.checkpoint_every) >= 1,
+            f"epochs is {c.epochs}, checkpoint_every {c.checkpoint_every}: give at least 1 of each")
+    require(c.lr > 0 and 0 <= c.cooldown <= 1,
+            f"lr is {c.lr}, cooldown {c.cooldown}: "
+            f"give a rate above 0, and a part of the training from 0 to 1")
+    return c
+
+def code_loaders(
+    c: PriorConfig,        # batch size and seed
+    codes: Codes,          # on which grids
+    device: torch.device,  # where the batches are wanted
+) -> tuple[CodeBatches, CodeBatches]:
+    "Batches of training and of test grids, with what the prior is told of them."
+    told = codes.top_embeddings or (c.class_conditional and codes.num_classes)
+    train_cond = codes.train_cond if told else None
+    test_cond = codes.test_cond if told else None
+    train_loader = CodeBatches(codes.train, train_cond, c.batch_size, c.seed, device=device)
+    test_loader = CodeBatches(codes.test, test_cond, 250, train=False, device=device)
+    return train_loader, test_loader
+
+# %% ../../nbs/4_training/06_prior_training.ipynb #706c5d3b
 def prepare_prior(
     config: PriorConfig,  # what to train
     codes: Codes,         # on which grids
-) -> Training:
+) -> Training:            # at its start
     "Loaders, prior and optimizer on the device, or a `BavqError`; writes nothing."
-    check_types(config)
-    c = replace(config, name=check_config(RunConfig(name=config.name)).name or config.kind)   # names as those of runs
-    require(min(c.epochs, c.checkpoint_every) >= 1, f"epochs is {c.epochs}, checkpoint_every {c.checkpoint_every}: give at least 1 of each")
-    require(c.lr > 0 and 0 <= c.cooldown <= 1, f"lr is {c.lr}, cooldown {c.cooldown}: give a rate above 0, and a part of the training from 0 to 1")
+    c = check_prior_config(config)
     accelerator = make_accelerator(RunConfig(precision=c.precision, wandb=c.wandb))
     require(accelerator.num_processes == 1, "several processes were started: train a prior in one")
-    sizes = code_sizes(c, codes)
-    told = (codes.train_cond, codes.test_cond) if sizes["num_classes"] or sizes["top_embeddings"] else (None, None)
-    loaders = CodeBatches(codes.train, told[0], c.batch_size, c.seed, device=accelerator.device), CodeBatches(codes.test, told[1], 250, train=False, device=accelerator.device)
+    train_loader, test_loader = code_loaders(c, codes, accelerator.device)
     set_seed(c.seed)
-    prior = make_prior(c.kind, channels=c.channels, layers=c.layers, **sizes)
-    net, optimizer = accelerator.prepare(nn.Sequential(prior), torch.optim.AdamW(prior.parameters(), c.lr))
-    return Training(c, accelerator, prior, net, optimizer, *loaders)
+    prior = make_prior(c.kind, channels=c.channels, layers=c.layers, **prior_sizes(c, codes))
+    optimizer = torch.optim.AdamW(prior.parameters(), c.lr)
+    net, optimizer = accelerator.prepare(nn.Sequential(prior), optimizer)
+    return Training(c, accelerator, prior, net, optimizer, train_loader, test_loader)
 
 # %% ../../nbs/4_training/06_prior_training.ipynb #28d277a6
 @torch.no_grad()
 def bits_per_code(
-    prior: Prior,
+    prior: Prior,         # any
     loader: CodeBatches,  # of the test grids
 ) -> float:
     "Mean `nll_estimate` of all grids, in bits a code."
@@ -185,16 +305,22 @@ def bits_per_code(
     return nats / prior.length / math.log(2)
 
 def prior_epoch(
-    t: Training,   # changed in place
-    folder: Path,  # of the prior
-) -> dict:
+    t: Training,       # changed in place
+    folder: Path,      # of the prior
+) -> dict[str, Any]:   # the entry of the history
     "Train what is left of the epoch, validate, and add to the history."
-    c, steps = t.config, len(t.train_loader)
-    def cool(step):
-        for group in t.optimizer.param_groups: group["lr"] = cooled_rate(c.lr, t.epoch * steps + step, c.epochs * steps, c.cooldown)
-    loss = rest_of_epoch(t, folder, cool)["loss"]
+    c = t.config
+    before = t.epoch * len(t.train_loader)
+    steps = c.epochs * len(t.train_loader)
+    def set_rate(step: int) -> None:
+        for group in t.optimizer.param_groups:
+            group["lr"] = cooled_rate(c.lr, before + step, steps, c.cooldown)
+
+    loss = rest_of_epoch(t, folder, set_rate)["loss"]
     bits = bits_per_code(t.model, t.test_loader)
-    if not math.isfinite(bits): raise locate_error(t, folder, BavqError("the cost of the test codes is not finite: give a smaller lr"))
+    if not math.isfinite(bits):
+        why = BavqError("the cost of the test codes is not finite: give a smaller lr")
+        raise locate_error(t, folder, why)
     return end_epoch(t, dict(epoch=t.epoch + 1, train_loss=loss, bits_per_code=bits))
 
 # %% ../../nbs/4_training/06_prior_training.ipynb #8be8bbd7
@@ -203,21 +329,21 @@ def check_prior_folder(
     codes: Codes,         # to train on
     folder: Path,         # of the prior; need not exist
     resume: bool,         # go on with what is there
-) -> dict:
-    "What config.json says or will say; refuses a folder that is taken, or that holds another prior. Reads only."
-    wanted = asdict(config) | dict(codes=code_sizes(config, codes) | dict(model=codes.model))
-    found = read_json(folder / "config.json") if (folder / "config.json").exists() else wanted
-    differ = [f"{k} {found.get(k)!r}, now {v!r}" for k, v in wanted.items() if k not in ("name", "checkpoint_every", "wandb") and found.get(k) != v]
-    require(not differ, f"{folder} belongs to another prior ({'; '.join(differ)}): give the same values, or another name")
-    require(resume or found is wanted, f"the prior {folder} is there already: resume it, give another name, or remove the folder")
+) -> dict[str, Any]:
+    "What config.json says or will say; refuses a folder that is taken or holds another prior. Reads only."
+    wanted = asdict(config) | dict(codes=prior_sizes(config, codes) | dict(model=codes.model))
+    path = folder / "config.json"
+    if not path.exists():
+        return wanted
+    found = read_json(path)
+    free = ("name", "checkpoint_every", "wandb")
+    differ = [f"{k} {found.get(k)!r}, now {v!r}" for k, v in wanted.items()
+              if k not in free and found.get(k) != v]
+    require(not differ, f"{folder} belongs to another prior ({'; '.join(differ)}): "
+                        f"give the same values, or another name")
+    require(resume, f"the prior {folder} is there already: "
+                    f"resume it, give another name, or remove the folder")
     return wanted
-
-def restore_prior(
-    t: Training,   # prepared; changed in place
-    folder: Path,  # of the prior
-) -> None:
-    "Put everything back to the newest checkpoint, where there is one."
-    if state := newest_checkpoint(folder): restore_state(t, state, folder)
 
 # %% ../../nbs/4_training/06_prior_training.ipynb #8a8f8856
 def fit_prior(
@@ -227,26 +353,61 @@ def fit_prior(
     resume: bool = False,   # go on with what is there
     progress: bool = True,  # a line an epoch
 ) -> dict[str, float]:
-    "Train a prior in its folder; returns the final metrics, in bits a code. Asked to stop by a signal, it saves and raises `Interrupted`."
-    folder, wanted = Path(folder), check_prior_folder(config, codes, Path(folder), resume)
-    if (folder / "final_metrics.json").exists(): return read_json(folder / "final_metrics.json")
+    """Train a prior in its folder; returns the final metrics, in bits a code.
+
+    Asked to stop by a signal, it saves and raises `Interrupted`.
+    """
+    folder = Path(folder)
+    wanted = check_prior_folder(config, codes, folder, resume)
+    if (folder / "final_metrics.json").exists():
+        return read_json(folder / "final_metrics.json")
     t = prepare_prior(config, codes)
     with only_writer(folder), stop_signals() as t.asked:
-        write_json(folder / "environment.json", environment(t.accelerator.device)); write_json(folder / "config.json", wanted)
-        restore_prior(t, folder)
-        log = start_log(t, folder)
-        while t.epoch < config.epochs:
-            entry = prior_epoch(t, folder)
-            log(entry); write_history(t.history, folder)
-            if progress: print(f"Epoch {t.epoch}/{config.epochs} | Train Loss {entry['train_loss']:.4f} | Test {entry['bits_per_code']:.3f} bits per code", flush=True)
-            if t.epoch % config.checkpoint_every == 0 or t.epoch == config.epochs: save_checkpoint(t, folder)
-        write_weights(folder / "final_model.pt", t.model.state_dict())
-        final = dict(bits_per_code=t.history[-1]["bits_per_code"]) | code_bits(codes) | dict(parameters=sum(p.numel() for p in t.model.parameters()))
-        write_json(folder / "final_metrics.json", final)
+        write_json(folder / "environment.json", environment(t.accelerator.device))
+        write_json(folder / "config.json", wanted)
+        state = newest_checkpoint(folder)
+        if state:
+            restore_state(t, state, folder)
+        prior_epochs(t, folder, progress)
+        final = write_final_prior(t, folder, codes)
         t.accelerator.end_training()
-    if t.asked: raise Interrupted(f"the prior {folder} is complete", t.asked[0])
+    if t.asked:
+        raise Interrupted(f"the prior {folder} is complete", t.asked[0])
     return final
 
+# %% ../../nbs/4_training/06_prior_training.ipynb #a64d3fec
+def prior_epochs(
+    t: Training,     # prepared or restored; changed in place
+    folder: Path,    # of the prior
+    progress: bool,  # a line an epoch
+) -> None:
+    "Train until there are enough epochs; write history and checkpoints."
+    c = t.config
+    log = start_log(t, folder)
+    while t.epoch < c.epochs:
+        entry = prior_epoch(t, folder)
+        log(entry)
+        write_history(t.history, folder)
+        if progress:
+            loss, bits = f"{entry['train_loss']:.4f}", f"{entry['bits_per_code']:.3f}"
+            print(f"Epoch {t.epoch}/{c.epochs} | Train Loss {loss} | Test {bits} bits per code", flush=True)
+        if t.epoch % c.checkpoint_every == 0 or t.epoch == c.epochs:
+            save_checkpoint(t, folder)
+
+def write_final_prior(
+    t: Training,   # after its last epoch
+    folder: Path,  # of the prior
+    codes: Codes,  # it was trained on
+) -> dict[str, float]:
+    "Write the weights, then the metrics; returns those."
+    write_weights(folder / "final_model.pt", t.model.state_dict())
+    parameters = sum(p.numel() for p in t.model.parameters())
+    bits = t.history[-1]["bits_per_code"]
+    final = dict(bits_per_code=bits) | code_bits(codes) | dict(parameters=parameters)
+    write_json(folder / "final_metrics.json", final)
+    return final
+
+# %% ../../nbs/4_training/06_prior_training.ipynb #cac8d988
 def train_prior(
     run: str | Path,        # folder of a trained autoencoder
     config: PriorConfig = PriorConfig(),  # of the prior
@@ -254,7 +415,7 @@ def train_prior(
     data_root: str = "",    # where torchvision's data sets lie; empty: where the run found them
     progress: bool = True,  # a line an epoch
 ) -> dict[str, float]:
-    "Train a prior on the codes of a run, in priors/NAME of its folder; returns the final metrics, in bits a code."
+    "Train a prior on the codes of a run, in priors/NAME of its folder; returns the final metrics."
     folder = Path(run) / "priors" / (config.name or config.kind)
     return fit_prior(config, extract_codes(run, data_root), folder, resume, progress)
 
@@ -263,43 +424,73 @@ def sample_images(
     folder: str | Path,  # of a trained prior, in priors/ of its run
     n: int = 8,          # images of each class
     seed: int = 0,       # of the samples
-    **options,           # of the prior's `sample`: temperature, top_k, top_p; for MaskGIT also steps
-) -> dict[str, Tensor]:      # {class: images [n, C, H, W]}
-    "New images of every class: grids drawn from the prior, decoded by the autoencoder whose codes it learned."
-    prior, (model, _) = load_prior(folder), load_model(Path(folder).resolve().parents[1])
+    **options: Any,      # of the prior's `sample`: temperature, top_k, top_p; for MaskGIT also steps
+) -> dict[str, Tensor]:  # {class: images [n, C, H, W]}
+    "New images of every class: grids from the prior, decoded by the autoencoder whose codes it learned."
+    prior = load_prior(folder)
+    model, _ = load_model(run_of(folder))
     require(n >= 1, f"n is {n}: give at least 1")
     learned = read_json(Path(folder) / "config.json")["codes"]["model"]
-    require(learned in ("", model_hash(model)), f"{folder} is of other codes: its autoencoder was trained further since; train the prior again")
-    classes = prior.condition.num_classes
+    require(learned in ("", model_hash(model)),
+            f"{folder} is of other codes: its autoencoder was trained further since; train the prior again")
     set_seed(seed)
-    return {f"class {c}" if classes else "any": model.decode_codes(prior.sample(n, torch.full((n,), c) if classes else None, **options)) for c in range(classes or 1)}
+    if not prior.condition.num_classes:
+        return {"any": model.decode_codes(prior.sample(n, None, **options))}
+    images = {}
+    for c in range(prior.condition.num_classes):
+        images[f"class {c}"] = model.decode_codes(prior.sample(n, torch.full((n,), c), **options))
+    return images
+
+# %% ../../nbs/4_training/06_prior_training.ipynb #8ee35e9b
+def run_of(
+    folder: str | Path,  # of a prior, in priors/ of its run
+) -> Path:
+    "The folder of the autoencoder's run."
+    return Path(folder).resolve().parents[1]
 
 # %% ../../nbs/4_training/06_prior_training.ipynb #efc371f8
+def decoded_tests(
+    model: Any,         # a VQVAE
+    grids: np.ndarray,  # [N, h, w] codes of test images
+    blank: Tensor,      # [n, C, H, W], where there are fewer
+) -> Tensor:            # [n, C, H, W]
+    "The first n test images as their codes give them back, filled up with blanks."
+    n = len(blank)
+    if len(grids) == 0:
+        return blank
+    images = model.decode_codes(torch.from_numpy(grids[:n].astype(np.int64)))
+    return torch.cat([images, blank])[:n]
+
 def samples_figure(
     folder: str | Path,  # of a trained prior, in priors/ of its run
     n: int = 8,          # images of each class
     seed: int = 0,       # of the samples
-    **options,           # of the prior's `sample`
-):
-    "Of each class, test images as their codes give them back, and beside them as many samples; returns the figure."
+    **options: Any,      # of the prior's `sample`
+) -> Any:                # a matplotlib figure
+    "Of each class, test images as their codes give them back, and beside them as many samples."
     from bavq.core.plots import figure, show_rows
-    new, run = sample_images(folder, n, seed, **options), Path(folder).resolve().parents[1]
-    codes, (model, _) = extract_codes(run), load_model(run)
-    of = lambda c: codes.test[codes.test_cond == c] if "any" not in new else codes.test
-    blank = torch.ones_like(next(iter(new.values())))   # where a class has fewer images
-    shown = lambda grids: torch.cat([model.decode_codes(torch.from_numpy(grids.astype(np.int64))), blank])[:n] if len(grids) else blank
-    real = {k: shown(of(c)[:n]) for c, k in enumerate(new)}
+    new = sample_images(folder, n, seed, **options)
+    run = run_of(folder)
+    codes = extract_codes(run)
+    model, _ = load_model(run)
+    blank = torch.ones_like(next(iter(new.values())))
+    real = {}
+    for c, name in enumerate(new):
+        grids = codes.test if name == "any" else codes.test[codes.test_cond == c]
+        real[name] = decoded_tests(model, grids, blank)
     fig, axes = figure(1, 2, width=0.6 * n + 1.2, height=0.6 * len(new) + 0.4)
-    for ax, rows, title in zip(axes, (real, new), ("test images, from their codes", "samples")): show_rows(rows, ax).set_title(title)
+    show_rows(real, axes[0]).set_title("test images, from their codes")
+    show_rows(new, axes[1]).set_title("samples")
     return fig
 
+# %% ../../nbs/4_training/06_prior_training.ipynb #460994c5
 def save_samples(
     folder: str | Path,    # of a trained prior, in priors/ of its run
     out: str | Path = "",  # a PNG; empty: samples.png in the prior's folder
     n: int = 8,            # images of each class
     seed: int = 0,         # of the samples
-    **options,             # of the prior's `sample`
-) -> Path:
+    **options: Any,        # of the prior's `sample`
+) -> Path:                 # of the PNG
     "Write `samples_figure` as PNG."
     from bavq.core.plots import plt
     fig = samples_figure(folder, n, seed, **options)
