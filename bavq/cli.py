@@ -12,18 +12,19 @@ import os
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Literal, Union
+from typing import Annotated, Any, Literal, Union
+import torch
 import tyro
 from .core.config import RunConfig, check_config, run_name
-from .core.errors import BavqError, choose, require
+from .core.errors import BavqError, choose, needs, require
 from .core.storage import write_json
+from .models.vqvae2 import build_model
 from .training.experiments import PRESETS, load_results, only_process, read_config, run, study_configs
 from .training.sweeps import Ray, cores, sweep
-from .training.prior_training import PriorConfig
+from .training.prior_training import PriorConfig, save_samples, train_prior
 
 # %% auto #0
-__all__ = ['Train', 'Compare', 'compare', 'print_tables', 'Evaluate', 'Summarise', 'PriorTrain', 'PriorSample', 'Prior',
-           'Compress', 'Decompress', 'Lab', 'parse', 'one_line', 'main']
+__all__ = ['parse', 'main']
 
 # %% ../nbs/appendix/01_cli.ipynb #ff4844e1
 @dataclass
@@ -38,11 +39,13 @@ class Train:
 
     def __call__(self):
         run(self.run, self.out, self.resume)
-        if os.environ.get("RANK", "0") == "0": print(f"saved in {Path(self.out) / run_name(self.run)}")
+        if os.environ.get("RANK", "0") == "0":
+            print(f"saved in {Path(self.out) / run_name(self.run)}")
 
+# %% ../nbs/appendix/01_cli.ipynb #3cd76d20
 @dataclass
 class Compare:
-    "Train and compare several methods over several seeds: a table and a figure. Run it again, and it goes on."
+    "Train and compare methods over several seeds: a table and a figure. Run it again, and it goes on."
     preset: str = "quick"     # quick, cpu, gpu or paper
     data: str = ""            # another data set than the preset's
     data_root: str = ""       # where torchvision's data sets lie
@@ -59,47 +62,87 @@ class Compare:
     record: str = ""          # folder for the record of each run
     again = "the same command goes on"
 
-    def __call__(self): compare(self)
+    def __call__(self):
+        compare(self)
 
 # %% ../nbs/appendix/01_cli.ipynb #355a7de6
+def _chosen_study(o):
+    "The preset, with what the options change of it."
+    study = choose(o.preset, PRESETS, "preset")
+    base = {k: getattr(o, k) for k in ("data", "data_root", "epochs") if getattr(o, k)}
+    if o.train_size != -1:
+        base["train_size"] = o.train_size
+    arms = {k: getattr(o, k) for k in ("quantizers", "codebook_sizes", "seeds") if getattr(o, k)}
+    return study._replace(base=replace(study.base, **base), **arms)
+
+def _checked_configs(study, own_data):
+    "The configurations of a study; what cannot be is said once, and not by every run."
+    from bavq.training.data import get_dataloaders
+    b = study.base
+    if own_data:
+        get_dataloaders(b.data, b.batch_size, b.data_root, train_size=b.train_size, image_size=b.image_size)
+    configs = study_configs(study)
+    for c in configs[: len(study.quantizers)]:
+        build_model(check_config(c))
+    return configs
+
+def _jobs_and_engine(o, runs):
+    "How many runs at a time, and where."
+    if o.engine == "ray":
+        return o.jobs or 1, Ray(cpus=o.cpus, gpus=o.gpus)
+    alone = torch.accelerator.is_available()
+    return o.jobs or (1 if alone else min(cores(), runs)), "local"
+
+# %% ../nbs/appendix/01_cli.ipynb #5e7987fe
+def _as_rows(table):
+    "A DataFrame as plain values that JSON can hold."
+    return json.loads(table.to_json(orient="records"))
+
+def _write_comparison(folder, result):
+    "Tables and figure of the finished runs; returns the summary."
+    import pandas as pd
+    from bavq.comparison.compare import compare_figure
+    from bavq.evaluation.summaries import METRICS, groups, summarise
+    df = pd.concat([load_results(folder / name) for name in result.metrics], ignore_index=True)
+    summary = summarise(df)
+    runs = df[["run", *groups(df), "method", "seed", *METRICS]]
+    found = {"summary": _as_rows(summary), "runs": _as_rows(runs), "failures": result.failures}
+    write_json(folder / "summary.json", found)
+    compare_figure(df, folder / "compare.png")
+    return summary
+
+# %% ../nbs/appendix/01_cli.ipynb #08b1cd35
 def compare(
     o: Compare,  # its options
 ) -> None:
     "Sweep, summarise, draw, print."
-    import torch
-    from bavq.comparison.compare import compare_figure
-    from bavq.training.data import get_dataloaders
-    from bavq.models.vqvae import build_model
-    import pandas as pd
-    from bavq.evaluation.summaries import METRICS, groups, summarise
-    given = {k: v for k, v in dict(data=o.data, data_root=o.data_root, epochs=o.epochs).items() if v} | ({} if o.train_size == -1 else dict(train_size=o.train_size))
-    study = choose(o.preset, PRESETS, "preset")
-    study = study._replace(base=replace(study.base, **given), **{k: v for k in ("quantizers", "codebook_sizes", "seeds") if (v := getattr(o, k))})
-    b = study.base
-    if o.data: get_dataloaders(b.data, b.batch_size, b.data_root, train_size=b.train_size, image_size=b.image_size)   # what cannot be is said once, not by every run
-    folder, configs = Path(o.out) / f"compare-{o.preset}", study_configs(study)
-    for c in configs[:len(study.quantizers)]: build_model(check_config(c))
-    jobs, engine = o.jobs or (1 if torch.accelerator.is_available() else min(cores(), len(configs))), "local"
-    if o.engine == "ray": jobs, engine = o.jobs or 1, Ray(cpus=o.cpus, gpus=o.gpus)
+    needs("pandas", extra="eval")
+    needs("matplotlib", extra="plots")
+    study = _chosen_study(o)
+    configs = _checked_configs(study, bool(o.data))
+    folder = Path(o.out) / f"compare-{o.preset}"
+    jobs, engine = _jobs_and_engine(o, len(configs))
     result = sweep(configs, folder, o.record or None, jobs, engine=engine)
-    require(result.metrics, f"no run was finished: {next(iter(result.failures.values()), '')}")
-    df = pd.concat([load_results(folder / name) for name in result.metrics], ignore_index=True)
-    summary, plain = summarise(df), lambda table: json.loads(table.to_json(orient="records"))
-    write_json(folder / "summary.json", dict(summary=plain(summary), runs=plain(df[["run", *groups(df), "method", "seed", *METRICS]]), failures=result.failures))
-    compare_figure(df, folder / "compare.png")
-    print_tables(summary)
-    print(f"\nfigure:  {folder / 'compare.png'}\nnumbers: {folder / 'summary.json'}\nto read on: make notebook, then open nbs/01_compare.ipynb")
-    require(not result.failures, f"{len(result.failures)} of {len(configs)} runs failed: see the lines above, then run the same command again")
+    failed = result.failures
+    require(bool(result.metrics), f"no run was finished: {next(iter(failed.values()), '')}")
+    print_tables(_write_comparison(folder, result))
+    print(f"\nfigure:  {folder / 'compare.png'}\nnumbers: {folder / 'summary.json'}")
+    print("to read on: make notebook, then open nbs/7_comparison/01_compare.ipynb")
+    cure = "see the lines above, then run the same command again"
+    require(not failed, f"{len(failed)} of {len(configs)} runs failed: {cure}")
 
+# %% ../nbs/appendix/01_cli.ipynb #5d50df82
 def print_tables(
-    summary,                   # of `statistics.summarise`
+    summary: Any,              # of `summarise`
     baseline: str = "vq_ema",  # that it was made with
 ) -> None:
     "Both tables of a summary, as text."
     from bavq.evaluation.summaries import tables
     means, differences = tables(summary)
     print(f"\nmean ± half-width of its 95 % interval\n{means.to_string(index=False)}")
-    if len(differences): print(f"\ndifference to {baseline} over pairs of one seed, 95 % interval, p of no difference\n{differences.to_string(index=False)}")
+    if len(differences):
+        print(f"\ndifference to {baseline} over pairs of one seed, 95 % interval, p of no difference")
+        print(differences.to_string(index=False))
 
 # %% ../nbs/appendix/01_cli.ipynb #04eede3f
 @dataclass
@@ -108,19 +151,35 @@ class Evaluate:
     runs: tyro.conf.Positional[tuple[str, ...]]  # run folders, folders of runs, or files of weights
     data: str = ""        # another data set than the runs' own
     data_root: str = ""   # where torchvision's data sets lie
-    judges: tuple[str, ...] = ("inception", "lpips", "own")  # networks that look at the images; give "" for none
+    judges: tuple[str, ...] = ("inception", "lpips", "own")  # networks that judge images; give "" for none
     inception_weights: str = ""  # a file; empty: torch's cache, or a download
     lpips_weights: str = ""      # likewise
     baseline: str = ""    # run that the others are compared with; empty: the first
     out: str = ""         # folder for evaluation.json and a figure of each run; empty: only print
 
     def __call__(self):
-        import torch
         from bavq.evaluation.reports import report
-        require(self.runs, "no runs are given: name run folders, folders of runs, or files of weights")
-        device = (torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None) or "cpu"
-        report(self.runs, self.out, self.baseline, data=self.data, data_root=self.data_root, judges=[j for j in self.judges if j],
-               inception_weights=self.inception_weights, lpips_weights=self.lpips_weights, device=device)
+        cure = "name run folders, folders of runs, or files of weights"
+        require(bool(self.runs), f"no runs are given: {cure}")
+        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+        report(
+            self.runs,
+            self.out,
+            self.baseline,
+            data=self.data,
+            data_root=self.data_root,
+            judges=[j for j in self.judges if j],
+            inception_weights=self.inception_weights,
+            lpips_weights=self.lpips_weights,
+            device=device,
+        )
+
+# %% ../nbs/appendix/01_cli.ipynb #25c9d3ae
+def _unfinished_runs(folder):
+    "The folders of runs that have a history and no final metrics, without priors."
+    done = {p.parent for p in folder.rglob("final_metrics.json")}
+    begun = {p.parent for p in folder.rglob("history.jsonl")}
+    return sorted(str(p) for p in begun - done if p.parent.name != "priors")
 
 @dataclass
 class Summarise:
@@ -129,13 +188,17 @@ class Summarise:
     baseline: str = "vq_ema"     # the method that the others are compared with
 
     def __call__(self):
+        needs("pandas", extra="eval")
         from bavq.evaluation.summaries import summarise
         df = load_results(self.folder)
         print_tables(summarise(df, self.baseline), self.baseline)
-        if self.baseline not in set(df["method"]): print(f"\nno differences: no run is of {self.baseline}; give --baseline one of {', '.join(sorted(set(df['method'])))}")
-        done = {p.parent for p in Path(self.folder).rglob("final_metrics.json")}
-        partial = sorted(str(p.parent) for p in Path(self.folder).rglob("history.jsonl") if p.parent not in done and p.parent.parent.name != "priors")
-        if partial: print(f"\nnot finished: {', '.join(partial)}")
+        methods = set(df["method"])
+        if self.baseline not in methods:
+            others = ", ".join(sorted(methods))
+            print(f"\nno differences: no run is of {self.baseline}; give --baseline one of {others}")
+        partial = _unfinished_runs(Path(self.folder))
+        if partial:
+            print(f"\nnot finished: {', '.join(partial)}")
 
 # %% ../nbs/appendix/01_cli.ipynb #09271371
 @dataclass
@@ -148,9 +211,9 @@ class PriorTrain:
     again = Train.again
 
     def __call__(self):
-        from bavq.training.prior_training import train_prior
         print(json.dumps(train_prior(self.run, self.prior, self.resume, self.data_root), indent=1))
 
+# %% ../nbs/appendix/01_cli.ipynb #87ffdf67
 @dataclass
 class PriorSample:
     "Draw new images: a picture with samples of every class beside test images."
@@ -161,17 +224,27 @@ class PriorSample:
     temperature: float = 1.0  # below 1: likelier codes
 
     def __call__(self):
-        from bavq.training.prior_training import save_samples
-        print(f"written to {save_samples(self.folder, self.out, self.n, self.seed, temperature=self.temperature)}")
+        written = save_samples(self.folder, self.out, self.n, self.seed, temperature=self.temperature)
+        print(f"written to {written}")
+
+# %% ../nbs/appendix/01_cli.ipynb #a254d2d8
+Verb = Union[
+    Annotated[PriorTrain, tyro.conf.subcommand("train")],
+    Annotated[PriorSample, tyro.conf.subcommand("sample")],
+]
 
 @dataclass
 class Prior:
     "A model of a run's codes: train it, or draw new images from it."
-    verb: Union[Annotated[PriorTrain, tyro.conf.subcommand("train")], Annotated[PriorSample, tyro.conf.subcommand("sample")]]
-    again = property(lambda self: getattr(self.verb, "again", ""))   # what to do after a stop, as everywhere
+    verb: Verb
 
-    def __call__(self): self.verb()
+    @property
+    def again(self):
+        "What to do after a stop, as everywhere."
+        return getattr(self.verb, "again", "")
 
+    def __call__(self):
+        self.verb()
 
 # %% ../nbs/appendix/01_cli.ipynb #e3933ebf
 @dataclass
@@ -188,6 +261,7 @@ class Compress:
         from bavq.evaluation.compression import compress_folder
         compress_folder(self.run, self.folder, self.out, self.prior, self.coding)
 
+# %% ../nbs/appendix/01_cli.ipynb #c2727b6d
 @dataclass
 class Decompress:
     "Turn files of `compress` back into images."
@@ -205,7 +279,7 @@ class Decompress:
 @dataclass
 class Lab:
     "The linear lab: its quick comparison, or all its studies."
-    what: tyro.conf.Positional[Literal["quick", "studies"]] = "quick"  # half a minute, or about four minutes on two cores
+    what: tyro.conf.Positional[Literal["quick", "studies"]] = "quick"  # half a minute, or about four minutes
     K: int = 32               # codes
     steps: int = 300          # of a training
     commitment: float = 0.25  # weight of the commitment loss
@@ -213,56 +287,103 @@ class Lab:
     out: str = "experiments/linear_lab"  # folder for JSON and PNG files
 
     def __call__(self):
-        from bavq.studies.linear_lab import lab_quick, lab_studies
-        if self.what == "quick": lab_quick(self.K, self.steps, self.commitment, self.seeds or 3, self.out)
-        else: lab_studies(self.K, self.steps, self.commitment, self.seeds or 10, out=self.out, figures=self.out)
+        needs("pandas", extra="eval")
+        from bavq.studies.linear_lab_studies import lab_quick, lab_studies
+        if self.what == "quick":
+            lab_quick(self.K, self.steps, self.commitment, self.seeds or 3, self.out)
+            return
+        seeds = self.seeds or 10
+        lab_studies(self.K, self.steps, self.commitment, seeds, out=self.out, figures=self.out)
 
 # %% ../nbs/appendix/01_cli.ipynb #6e106b45
+def _named_options(args):
+    "What `--preset` and `--config` of `train` say, ahead of everything else; empty: not given."
+    known = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    known.add_argument("--preset", nargs="?", default="")
+    known.add_argument("--config", nargs="?", default="")
+    return known.parse_known_args(args if args[:1] == ["train"] else [])[0]
+
+def _starting_config(given):
+    "The configuration of a preset, changed by a file."
+    base = RunConfig()
+    if given.preset:
+        base = choose(given.preset, PRESETS, "preset").base
+    return read_config(given.config, base) if given.config else base
+
+def _as_subcommand(kind, *default):
+    "A command of this class, and what it starts from, as tyro takes it."
+    name = kind.__name__.lower()
+    if default:
+        return Annotated[kind, tyro.conf.subcommand(name, default=default[0])]
+    return Annotated[kind, tyro.conf.subcommand(name)]
+
+def _commands(base):
+    "All commands, as tyro takes them; `train` starts from a configuration."
+    defaults = (Train(base), Compare(), Evaluate(tyro.MISSING), Summarise(), Lab())
+    commands = [_as_subcommand(type(d), d) for d in defaults]
+    commands += [_as_subcommand(kind) for kind in (Prior, Compress, Decompress)]
+    return Union[tuple(commands)]
+
+# %% ../nbs/appendix/01_cli.ipynb #abd53b43
 def parse(
     args: list[str],  # what was typed after `bavq`
-):
+) -> Any:
     "The command that the arguments stand for; help is printed, a mistake is a `BavqError`."
-    known = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    known.add_argument("--preset", nargs="?", default=""); known.add_argument("--config", nargs="?", default="")
-    given = known.parse_known_args(args if args[:1] == ["train"] else [])[0]
-    base, said = choose(given.preset, PRESETS, "preset").base if given.preset else RunConfig(), io.StringIO()
-    if given.config: base = read_config(given.config, base)
-    base, options = replace(base, options={}), base.options   # which tyro would turn into flags of their own
-    defaults = Train(base), Compare(), Evaluate(tyro.MISSING), Summarise(), Lab()
-    commands = Union[(*(Annotated[type(d), tyro.conf.subcommand(type(d).__name__.lower(), default=d)] for d in defaults),
-                      *(Annotated[c, tyro.conf.subcommand(c.__name__.lower())] for c in (Prior, Compress, Decompress)))]
+    base = _starting_config(_named_options(args))
+    options = base.options
+    base = replace(base, options={})  # or tyro would turn them into flags of their own
+    said = io.StringIO()
+    plain = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
     try:
-        with contextlib.redirect_stderr(said): command = tyro.cli(commands, args=args, prog="bavq", config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes))
+        with contextlib.redirect_stderr(said):
+            command = tyro.cli(_commands(base), args=args, prog="bavq", config=plain)
     except SystemExit as e:
-        if not e.code: raise
+        if not e.code:
+            raise
         raise BavqError(one_line(said.getvalue())) from None
-    return replace(command, run=replace(command.run, options=options | command.run.options)) if isinstance(command, Train) else command
+    if not isinstance(command, Train):
+        return command
+    return replace(command, run=replace(command.run, options=options | command.run.options))
 
 # %% ../nbs/appendix/01_cli.ipynb #28a3b9d7
 def one_line(
     box: str,  # as tyro prints it
 ) -> str:
     "The message in a box of tyro's, without its title and the advice below it."
-    lines = ["".join(line.strip("│|╭╮╰╯+ ")) for line in box.splitlines()[1:]]
+    lines = [line.strip("│|╭╮╰╯+ ") for line in box.splitlines()[1:]]
     parts = " ".join(line if line.strip("─-") else "\n" for line in lines).split("\n")
-    return f"{' '.join(next((part for part in parts if part.strip()), box).split())}: see --help"
+    message = next((part for part in parts if part.strip()), box)
+    return f"{' '.join(message.split())}: see --help"
 
+def _discard_output():
+    "The reader, such as `head`, has seen enough: what is printed from here on goes nowhere."
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+def _say(line):
+    "One line for the user, where errors go."
+    print(f"bavq: {line}", file=sys.stderr)
+
+# %% ../nbs/appendix/01_cli.ipynb #59af5f65
 def main(
     args: list[str] | None = None,  # what was typed after `bavq`; None: this process's own
 ) -> None:
     "The command `bavq`; whatever the user can mend ends with one line and exit code 2."
-    args, command = list(sys.argv[1:] if args is None else args), None
+    args = list(sys.argv[1:] if args is None else args)
+    command = None
     try:
         command = parse([a for a in args if a != "--debug"] or ["--help"])
-        if not isinstance(command, Train): only_process(type(command).__name__.lower())
+        if not isinstance(command, Train):
+            only_process(type(command).__name__.lower())
         command()
-    except BrokenPipeError:   # the reader, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
+        _discard_output()
     except (BavqError, OSError) as e:
-        if "--debug" in args: raise
-        print(f"bavq: {' '.join(str(e).split())}", file=sys.stderr)
+        if "--debug" in args:
+            raise
+        _say(" ".join(str(e).split()))
         raise SystemExit(2) from None
-    except KeyboardInterrupt as e:   # Ctrl-C: 130; a cluster that takes its machine back (SIGTERM): 143
+    except KeyboardInterrupt as e:  # Ctrl-C: 130; a cluster that takes its machine back (SIGTERM): 143
         again = getattr(command, "again", "")
-        print(f"bavq: {str(e) or 'stopped'}" + f": {again}" * bool(again), file=sys.stderr)
+        stopped = str(e) or "stopped"
+        _say(f"{stopped}: {again}" if again else stopped)
         raise SystemExit(128 + getattr(e, "number", 2)) from None
