@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 import torch
 from torch.utils.data import get_worker_info
 
@@ -26,7 +27,7 @@ from bavq.core.config import RunConfig
 from bavq.core.errors import BavqError, DiskError
 from bavq.core.storage import (Interrupted, checkpoints, newest_checkpoint, read_history, read_weights,
     stop_signals, write_json)
-from bavq.training.data import Batches, Image, epoch_order, get_dataloaders
+from bavq.training.data import Batches, epoch_order, get_dataloaders
 from bavq.training.experiments import run
 from bavq.training.prior_training import Codes, PriorConfig, fit_prior
 
