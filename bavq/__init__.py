@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from bavq.core.config import RunConfig
 from bavq.core.errors import BavqError
+from bavq.quantizers import specified as _specified  # noqa: F401, registers both forms
 from bavq.models.vqvae import VQVAE
 from bavq.models.vqvae2 import VQVAE2
 from bavq.quantizers.adapters import as_vector_quantize, from_vector_quantize

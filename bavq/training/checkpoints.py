@@ -189,8 +189,9 @@ def locate_error(
     loader = t.train_loader
     order = epoch_order(loader.num_images, loader.seed, t.epoch)
     images = ", ".join(str(i) for i in order[step * loader.batch_size:][:3].tolist())
-    last = checkpoints(folder)[-1:] or ["none yet"]
-    return BavqError(f"stopped in epoch {t.epoch + 1} (last checkpoint: {last[0]}), "
+    found = checkpoints(folder)
+    last = str(found[-1]) if found else "none yet"
+    return BavqError(f"stopped in epoch {t.epoch + 1} (last checkpoint: {last}), "
                      f"step {step + 1} of {len(loader)}, images {images}, … of those it trains on: {why}")
 
 # %% ../../nbs/4_training/02_checkpoints.ipynb #2e19adaf
