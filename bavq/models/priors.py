@@ -36,7 +36,7 @@ class Prior(nn.Module):
         super().__init__()
         check_prior(num_embeddings, grid, channels, layers)
         self.num_embeddings = num_embeddings
-        self.grid = tuple(grid)
+        self.grid: tuple[int, int] = (grid[0], grid[1])
         self.length = grid[0] * grid[1]
         self.condition = Condition(channels, grid, num_classes, top_embeddings)
 

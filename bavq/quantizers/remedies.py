@@ -10,12 +10,13 @@ from typing import Callable
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from .ba_vq import geometric
+from .schedules import geometric
 from ..core.distributed import all_reduce, from_first, parallel
 from ..core.errors import choose, require, typed
 from ..theory.metrics import code_counts
 from .base import Quantized, Quantizer, VectorQuantizer, full_precision, latent_rows, register_quantizer, squared_distances
-from .vq_ema import EMACodebook, VQEMAQuantizer, hard_statistics, restart
+from .codebook import EMACodebook, hard_statistics, revive
+from .vq_ema import VQEMAQuantizer
 
 # %% auto #0
 __all__ = ['Wrapped', 'over_processes', 'log_assignments', 'entropies', 'entropy_term', 'WithLosses', 'with_losses', 'ramp',
@@ -204,7 +205,7 @@ def learn_first(
     "An update of the first n codes alone, as if there were no others: a fair share is one of n."
     part = SimpleNamespace(decay=q.book.decay, **{name: v[:n] for name, v in q.book.named_buffers()})   # the same memory
     EMACodebook.absorb(part, *hard_statistics(x, index, n))
-    if q.restart_below > 0: restart(part, x, q.restart_below)
+    revive(part, x, q.restart_below, q.restart_at)
 
 # %% ../../nbs/2_quantizers/09_remedies.ipynb #86d76ebd
 @torch.no_grad()

@@ -8,7 +8,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from .ba_vq import as_schedule
+from .schedules import as_schedule
 from .composite import all_codes, part_sizes, join_indices, batch_usage, prime_factors, split_indices, precise_rows
 from ..core.distributed import all_reduce
 from ..core.errors import choose, is_number, require, typed

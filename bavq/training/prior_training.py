@@ -118,9 +118,9 @@ def extract_codes(
         for f, array in zip(files, codes[:4]):
             save_array(f, array)
     train, test, train_cond, test_cond = (read_arrays(f)["images"] for f in files)
-    K: Any = model.quantizer.num_embeddings
+    quantizer: Any = model.quantizer
     classes = count_classes(train_cond, test_cond)
-    return Codes(train, test, train_cond, test_cond, K, num_classes=classes, model=digest)
+    return Codes(train, test, train_cond, test_cond, quantizer.num_embeddings, classes, model=digest)
 
 # %% ../../nbs/4_training/06_prior_training.ipynb #127b2db3
 def save_array(
