@@ -18,9 +18,9 @@ import tyro
 from .core.config import RunConfig, check_config, run_name
 from .core.errors import BavqError, choose, needs, require
 from .core.storage import write_json
-from .models.vqvae import build_model
-from bavq.training.experiments import (PRESETS, Ray, cores, load_results, only_process, read_config, run,
-    study_configs, sweep)
+from .models.vqvae2 import build_model
+from .training.experiments import PRESETS, load_results, only_process, read_config, run, study_configs
+from .training.sweeps import Ray, cores, sweep
 from .training.prior_training import PriorConfig, save_samples, train_prior
 
 # %% auto #0
@@ -100,6 +100,7 @@ def _as_rows(table):
 
 def _write_comparison(folder, result):
     "Tables and figure of the finished runs; returns the summary."
+    needs("pandas", extra="eval")
     import pandas as pd
     from bavq.comparison.compare import compare_figure
     from bavq.evaluation.summaries import METRICS, groups, summarise
@@ -288,7 +289,7 @@ class Lab:
 
     def __call__(self):
         needs("pandas", extra="eval")
-        from bavq.studies.linear_lab import lab_quick, lab_studies
+        from bavq.studies.linear_lab_studies import lab_quick, lab_studies
         if self.what == "quick":
             lab_quick(self.K, self.steps, self.commitment, self.seeds or 3, self.out)
             return

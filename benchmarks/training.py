@@ -38,7 +38,7 @@ from bavq.core.config import RunConfig
 from bavq.core.distributed import set_seed
 from bavq.core.storage import write_json
 from bavq.training.data import PHOTOS, get_dataloaders, photo_path
-from bavq.training.experiments import cores
+from bavq.training.sweeps import cores
 from bavq.quantizers.base import (
     Quantized,
     from_rows,
@@ -47,9 +47,10 @@ from bavq.quantizers.base import (
     register_quantizer,
     squared_distances,
 )
-from bavq.models.vqvae import build_model
+from bavq.models.vqvae2 import build_model
 from bavq.training.loop import loss_terms, make_accelerator, prepare, train_epoch
-from bavq.quantizers.vq_ema import VQEMAQuantizer, restart
+from bavq.quantizers.codebook import revive
+from bavq.quantizers.vq_ema import VQEMAQuantizer
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT, QUICK = "results/bench", "experiments/bench-quick"
@@ -171,7 +172,7 @@ class DenseVQEMA(VQEMAQuantizer):
         if self.training:
             with torch.no_grad():
                 self.book.absorb(one_hot.sum(0), one_hot.T @ x)
-                restart(self.book, x, self.restart_below)
+                revive(self.book, x, self.restart_below, self.restart_at)
         p = one_hot.mean(0)
         metrics = dict(
             code_indices=from_rows(index, z.shape),

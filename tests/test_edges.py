@@ -83,7 +83,7 @@ def test_a_cache_is_read_where_it_cannot_be_written_and_built_once(tmp_path, mon
         m.setattr(data, "atomic_write", full)
         assert data.cached("a", 1, build)["x"].tolist() == [0, 1, 2] and len(built) == 1 and len(said) == 1
     data.cached("a", 1, build)
-    monkeypatch.setattr(data, "FileLock", full)
+    monkeypatch.setattr("filelock.FileLock", full)
     assert data.cached("a", 1, build)["x"].tolist() == [0, 1, 2] and len(built) == 2
 
 

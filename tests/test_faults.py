@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 import torch
 from torch.utils.data import get_worker_info
 
@@ -26,7 +27,7 @@ from bavq.core.config import RunConfig
 from bavq.core.errors import BavqError, DiskError
 from bavq.core.storage import (Interrupted, checkpoints, newest_checkpoint, read_history, read_weights,
     stop_signals, write_json)
-from bavq.training.data import Batches, Image, epoch_order, get_dataloaders
+from bavq.training.data import Batches, epoch_order, get_dataloaders
 from bavq.training.experiments import run
 from bavq.training.prior_training import Codes, PriorConfig, fit_prior
 
@@ -282,6 +283,24 @@ def test_a_vanished_data_set_is_named_and_the_run_goes_on_when_it_is_back():
         (p.name, p.stat().st_mtime_ns) for p in Path("run").iterdir() if p.name != ".lock"
     )
     os.rename("elsewhere.npz", "images.npz")
+    train()
+    assert undisturbed(train, Path("run"))
+
+
+def test_other_data_under_the_same_name_are_refused_and_the_run_goes_on_with_its_own(monkeypatch):
+    "The checkpoint knows the fingerprint of its data set."
+
+    def now(fingerprint):
+        monkeypatch.setattr(bavq.training.checkpoints.Training, "data_fingerprint", fingerprint)
+
+    now("1234")
+    with at_batch(6, lambda batch: signal.raise_signal(signal.SIGTERM)), pytest.raises(Interrupted):
+        train()
+    now("5678")
+    with pytest.raises(BavqError, match="the data of run have changed .fingerprint 1234, now 5678") as e:
+        train()
+    assert "\n" not in str(e.value)
+    now("1234")
     train()
     assert undisturbed(train, Path("run"))
 

@@ -24,6 +24,7 @@ from pathlib import Path
 os.environ |= {"ACCELERATE_USE_CPU": "true"}
 import numpy as np
 import torch
+from PIL import Image
 
 import bavq
 import bavq.evaluation.compression as compression
@@ -36,7 +37,8 @@ from bavq.core.config import RunConfig, check_config, config_from_dict
 from bavq.core.errors import BavqError
 from bavq.core.storage import read_json, read_weights, write_json
 from bavq.models.priors import load_prior, make_prior
-from bavq.training.experiments import environment, load_results, read_config, run, sweep
+from bavq.training.experiments import environment, load_results, read_config, run
+from bavq.training.sweeps import sweep
 from bavq.training.checkpoints import load_model
 from bavq.training.prior_training import PriorConfig, prepare_prior
 
@@ -528,7 +530,7 @@ def prepare(folder):
     x = np.random.default_rng(0).integers(0, 256, (96, 16, 16, 3), dtype=np.uint8)
     np.savez(folder / "images.npz", train=x[:64], test=x[64:])
     np.save(folder / "images.npy", x)
-    data.Image.fromarray(x[0]).save(folder / "one.png")
+    Image.fromarray(x[0]).save(folder / "one.png")
     (folder / "c.json").write_text(json.dumps(asdict(RunConfig())))
     (folder / "c.yaml").write_text("lr: 1e-3\n")
 

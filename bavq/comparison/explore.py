@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from ..quantizers.ba_vq import as_schedule, cosine, exponent, next_potentials, posterior
+from ..quantizers.ba_vq import exponent, next_potentials, posterior
+from ..quantizers.schedules import as_schedule, cosine
 from ..core.errors import BavqError, choose, require
 from ..core.storage import read_json
 from ..core.plots import cell_borders, figure, house_style, method_label, method_style, plot_rd, plt

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, NamedTuple, Sequence
 import torch
 from torch import Tensor, nn
-from ..quantizers.ba_vq import SpecifiedBAQuantizer, posterior, soft_codes
+from ..quantizers.ba_vq import posterior
+from ..quantizers.specified import SpecifiedBAQuantizer, soft_codes
 from ..core.errors import needs, require
 from ..theory.metrics import (CodeMeter, ReconstructionMeter, code_counts, compute_entropy,
     compute_entropy_bits, effective_rank, image_errors, psnr_from_mse, to_unit)

@@ -24,7 +24,7 @@ from ..core.storage import write_json
 from .evaluate import Evaluation, Judges, as_pixels, evaluate, evaluation_figure, in_colour
 from ..quantizers.base import QUANTIZERS
 from ..core.storage import read_json, read_weights
-from ..models.vqvae import build_model
+from ..models.vqvae2 import build_model
 from ..training.experiments import environment
 from ..training.checkpoints import load_model
 from ..models.vqvae import VQVAE

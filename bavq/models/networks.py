@@ -4,132 +4,217 @@
 
 # %% ../../nbs/3_models/01_networks.ipynb #4c5da6d9
 from __future__ import annotations
+from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
-from torch import nn
-from ..core.errors import require
+from torch import Tensor, nn
+from ..core.errors import BavqError, require
+from ..core.registry import Registry
 
 # %% auto #0
-__all__ = ['ResidualBlock', 'check_images', 'Encoder', 'FiLM', 'check_labels', 'Decoder', 'Coarsen', 'Refine']
+__all__ = ['NETWORKS', 'ResidualBlock', 'Encoder', 'FiLM', 'Decoder', 'ConvNetwork']
 
 # %% ../../nbs/3_models/01_networks.ipynb #392f5448
 class ResidualBlock(nn.Module):
     "ReLU(x + conv(ReLU(conv(x)))), both 3×3; [B, C, H, W] to the same shape, nowhere negative."
-    def __init__(self, channels: int):  # C
+    def __init__(self,
+        channels: int,               # C
+        residual_channels: int = 0,  # width between the convolutions; 0: C
+    ):
         super().__init__()
-        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+        inner = residual_channels or channels
+        self.conv1 = nn.Conv2d(channels, inner, 3, padding=1)
+        self.conv2 = nn.Conv2d(inner, channels, 3, padding=1)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return F.relu(x + self.conv2(F.relu(self.conv1(x))))
 
 # %% ../../nbs/3_models/01_networks.ipynb #d4981aff
 def check_images(
-    x: torch.Tensor,  # images [B, C, H, W]
+    x: Tensor,        # images [B, C, H, W]
     channels: int,    # the C that the network was made for
 ) -> None:
-    "Refuse images that a network cannot take; looks at shape and dtype only, so nothing waits for the device."
+    "Refuse images that a network cannot take, by shape and dtype alone: nothing waits for the device."
     require(x.dim() == 4, f"images have shape {list(x.shape)}: give [B, {channels}, H, W]")
-    require(x.is_floating_point(), f"images are {x.dtype}: give floats in [-1, 1], as bavq.training.data.normalize makes them from uint8")
+    require(
+        x.is_floating_point(),
+        f"images are {x.dtype}: "
+        "give floats in [-1, 1], as bavq.training.data.normalize makes them from uint8")
     require(x.shape[0] > 0, "the batch holds no image: give at least one")
-    require(x.shape[1] == channels, f"images have {x.shape[1]} channels, the network {channels}: give in_channels={x.shape[1]} or convert the images")
+    require(
+        x.shape[1] == channels,
+        f"images have {x.shape[1]} channels, the network {channels}: "
+        f"give in_channels={x.shape[1]} or convert the images")
     height, width = x.shape[2:]
-    require(height % 4 == 0 and width % 4 == 0 and height * width > 0, f"images are {height}×{width}: pad, crop or resize both sides to multiples of 4")
+    require(
+        height % 4 == 0 and width % 4 == 0 and height * width > 0,
+        f"images are {height}×{width}: pad, crop or resize both sides to multiples of 4")
 
-def _check_sizes(**sizes):
-    low = dict(residual_blocks=0, hidden_channels=2, num_classes=0)
-    for k, v in sizes.items(): require(v >= low.get(k, 1), f"{k} is {v}: give at least {low.get(k, 1)}")
+# %% ../../nbs/3_models/01_networks.ipynb #a6ce3e4c
+LEAST = dict(residual_blocks=0, residual_channels=0, hidden_channels=2, num_classes=0)
+
+def check_network_sizes(**sizes: int) -> None:
+    "A `BavqError` names the first size that is too small."
+    for name, size in sizes.items():
+        least = LEAST.get(name, 1)
+        require(size >= least, f"{name} is {size}: give at least {least}")
+
+# %% ../../nbs/3_models/01_networks.ipynb #bc2d5aa4
+def residual_blocks_of(
+    count: int,
+    channels: int,           # C
+    residual_channels: int,  # inside; 0: C
+) -> Sequence[nn.Module]:
+    "So many residual blocks, one after another."
+    return [ResidualBlock(channels, residual_channels) for _ in range(count)]
 
 # %% ../../nbs/3_models/01_networks.ipynb #c2813a93
 class Encoder(nn.Module):
     "Images [B, C, H, W] to latents [B, D, H/4, W/4]."
     def __init__(self,
-                 in_channels: int = 3,       # C, 3 for RGB, 1 for grey
-                 hidden_channels: int = 256,  # width; the first convolution has half of it
-                 embedding_dim: int = 256,   # D, dimension of a latent vector
-                 residual_blocks: int = 2):  # depth at the grid's resolution
+        in_channels: int = 3,        # C, 3 for RGB, 1 for grey
+        hidden_channels: int = 256,  # width; the first convolution has half of it
+        embedding_dim: int = 256,    # D, dimension of a latent vector
+        residual_blocks: int = 2,    # depth at the grid's resolution
+        residual_channels: int = 0,  # width inside a residual block; 0: hidden_channels
+    ):
         super().__init__()
-        _check_sizes(in_channels=in_channels, hidden_channels=hidden_channels, embedding_dim=embedding_dim, residual_blocks=residual_blocks)
-        self.in_channels, h = in_channels, hidden_channels
+        check_network_sizes(
+            in_channels=in_channels, hidden_channels=hidden_channels, embedding_dim=embedding_dim,
+            residual_blocks=residual_blocks, residual_channels=residual_channels)
+        h = hidden_channels
+        self.in_channels = in_channels
         self.layers = nn.Sequential(
             nn.Conv2d(in_channels, h // 2, 4, stride=2, padding=1), nn.ReLU(),
             nn.Conv2d(h // 2, h, 4, stride=2, padding=1), nn.ReLU(),
             nn.Conv2d(h, h, 3, padding=1), nn.ReLU(),
-            *[ResidualBlock(h) for _ in range(residual_blocks)])
+            *residual_blocks_of(residual_blocks, h, residual_channels))
         self.project = nn.Conv2d(h, embedding_dim, 1) if embedding_dim != h else nn.Identity()
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         check_images(x, self.in_channels)
-        dtype = self.layers[0].weight.dtype
-        require(x.dtype == dtype or torch.is_autocast_enabled(x.device.type), f"images are {x.dtype}, the network {dtype}: convert them, images.to({dtype})")
+        dtype = next(self.layers.parameters()).dtype
+        require(
+            x.dtype == dtype or torch.is_autocast_enabled(x.device.type),
+            f"images are {x.dtype}, the network {dtype}: convert them, images.to({dtype})")
         return self.project(self.layers(x))
 
 # %% ../../nbs/3_models/01_networks.ipynb #49e3d03b
 class FiLM(nn.Module):
     "Channels scaled and shifted by class (Perez et al. 2018); at first the identity."
     def __init__(self,
-                 num_classes: int,  # labels run from 0 to num_classes - 1
-                 channels: int):    # C of the features
+        num_classes: int,  # labels run from 0 to num_classes - 1
+        channels: int,     # C of the features
+    ):
         super().__init__()
-        self.embedding = nn.Embedding.from_pretrained(torch.zeros(num_classes, 2 * channels), freeze=False)
+        zeros = torch.zeros(num_classes, 2 * channels)
+        self.embedding = nn.Embedding.from_pretrained(zeros, freeze=False)
 
-    def forward(self, h: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:  # h [B, C, H, W], labels [B]
+    def forward(self,
+        h: Tensor,       # features [B, C, H, W]
+        labels: Tensor,  # [B]
+    ) -> Tensor:
         gamma, beta = self.embedding(labels.long())[:, :, None, None].chunk(2, dim=1)
         return (1 + gamma) * h + beta
 
+# %% ../../nbs/3_models/01_networks.ipynb #03828d4f
 def check_labels(
-    labels: torch.Tensor,  # [B], whole numbers
-    num_classes: int,      # they run from 0 to num_classes - 1
-    n: int,                # B
+    labels: Tensor | None,  # [B], whole numbers
+    num_classes: int,       # they run from 0 to num_classes - 1
+    n: int,                 # B
 ) -> None:
     "Refuse labels that a conditional network cannot take; their values are looked at on the CPU only."
     what = f"give one whole number from 0 to {num_classes - 1} for each of {n} images"
-    require(torch.is_tensor(labels), f"this decoder is conditional, but labels are {labels}: {what}")
-    require(labels.shape == (n,) and not labels.is_floating_point(), f"labels are {labels.dtype} {list(labels.shape)}: {what}")
-    if labels.device.type == "cpu": require(0 <= labels.min() and labels.max() < num_classes, f"labels run from {labels.min()} to {labels.max()}: {what}")
+    if not torch.is_tensor(labels):
+        raise BavqError(f"this decoder is conditional, but labels are {labels}: {what}")
+    whole = not labels.is_floating_point()
+    require(labels.shape == (n,) and whole, f"labels are {labels.dtype} {list(labels.shape)}: {what}")
+    if labels.device.type == "cpu":
+        low, high = labels.aminmax()
+        require(bool(0 <= low and high < num_classes), f"labels run from {low} to {high}: {what}")
 
 # %% ../../nbs/3_models/01_networks.ipynb #b1817e3c
 class Decoder(nn.Module):
     "Latents or codes [B, D, h, w] to images [B, C, 4h, 4w], unbounded."
     def __init__(self,
-                 out_channels: int = 3,      # C of the images
-                 hidden_channels: int = 256,  # width; the last hidden layer has half of it
-                 embedding_dim: int = 256,   # D, dimension of a code
-                 residual_blocks: int = 2,   # depth at the grid's resolution
-                 num_classes: int = 0):      # of the labels that modulate it; 0: none
+        out_channels: int = 3,       # C of the images
+        hidden_channels: int = 256,  # width; the last hidden layer has half of it
+        embedding_dim: int = 256,    # D, dimension of a code
+        residual_blocks: int = 2,    # depth at the grid's resolution
+        num_classes: int = 0,        # of the labels that modulate it; 0: none
+        residual_channels: int = 0,  # width inside a residual block; 0: hidden_channels
+    ):
         super().__init__()
-        _check_sizes(out_channels=out_channels, hidden_channels=hidden_channels, embedding_dim=embedding_dim, residual_blocks=residual_blocks, num_classes=num_classes)
-        self.embedding_dim, self.num_classes, h = embedding_dim, num_classes, hidden_channels
+        check_network_sizes(
+            out_channels=out_channels, hidden_channels=hidden_channels, embedding_dim=embedding_dim,
+            residual_blocks=residual_blocks, num_classes=num_classes, residual_channels=residual_channels)
+        h = hidden_channels
+        self.embedding_dim, self.num_classes = embedding_dim, num_classes
         self.project = nn.Conv2d(embedding_dim, h, 1) if embedding_dim != h else nn.Identity()
         self.layers = nn.Sequential(
-            *[ResidualBlock(h) for _ in range(residual_blocks)],
+            *residual_blocks_of(residual_blocks, h, residual_channels),
             nn.Conv2d(h, h, 3, padding=1), nn.ReLU(),
             nn.ConvTranspose2d(h, h // 2, 4, stride=2, padding=1), nn.ReLU(),
             nn.ConvTranspose2d(h // 2, out_channels, 4, stride=2, padding=1))
-        self.film = nn.ModuleList(FiLM(num_classes, h) for _ in range(residual_blocks + 1)) if num_classes else ()
+        modulated = residual_blocks + 1 if num_classes else 0
+        self.film = nn.ModuleList(FiLM(num_classes, h) for _ in range(modulated))
 
-    def forward(self, z: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:  # labels [B]: for a conditional decoder only
-        require(z.dim() == 4 and z.shape[1] == self.embedding_dim, f"latents have shape {list(z.shape)}: give [B, {self.embedding_dim}, h, w]")
-        if self.num_classes: check_labels(labels, self.num_classes, len(z))
+    def forward(self,
+        z: Tensor,                     # [B, D, h, w]
+        labels: Tensor | None = None,  # [B], for a conditional decoder only
+    ) -> Tensor:
+        fits = z.dim() == 4 and z.shape[1] == self.embedding_dim
+        require(fits, f"latents have shape {list(z.shape)}: give [B, {self.embedding_dim}, h, w]")
+        if self.num_classes:
+            check_labels(labels, self.num_classes, len(z))
         h = self.project(z)
-        for i, layer in enumerate(self.layers): h = layer(self.film[i](h, labels) if i < len(self.film) else h)
+        for i, layer in enumerate(self.layers):
+            h = layer(self.film[i](h, labels) if i < len(self.film) else h)
         return h
 
 # %% ../../nbs/3_models/01_networks.ipynb #14bc9235
+NETWORKS = Registry("network", "bavq.networks")
+
+@NETWORKS.register("conv")
+class ConvNetwork:
+    "The `Encoder` and the `Decoder` of this notebook, of the same sizes."
+    def __init__(self,
+        in_channels: int = 3,        # C of the images
+        hidden_channels: int = 256,  # width of both
+        embedding_dim: int = 256,    # D, dimension of a latent and of a code
+        residual_blocks: int = 2,    # depth of each
+        num_classes: int = 0,        # of labels that the decoder is told; 0: none
+        residual_channels: int = 0,  # width inside a residual block; 0: hidden_channels
+    ):
+        sizes = dict(
+            hidden_channels=hidden_channels, embedding_dim=embedding_dim, residual_blocks=residual_blocks,
+            residual_channels=residual_channels)
+        self.encoder = Encoder(in_channels, **sizes)
+        self.decoder = Decoder(in_channels, num_classes=num_classes, **sizes)
+
+# %% ../../nbs/3_models/01_networks.ipynb #aa77913f
 class Coarsen(nn.Sequential):
     "Features [B, C, H, W] to latents [B, D, H/2, W/2]."
     def __init__(self,
-                 channels: int,             # C
-                 embedding_dim: int,        # D
-                 residual_blocks: int = 2):  # depth at the coarse resolution
-        blocks = [ResidualBlock(channels) for _ in range(residual_blocks)]
-        super().__init__(nn.Conv2d(channels, channels, 4, stride=2, padding=1), nn.ReLU(), *blocks, nn.Conv2d(channels, embedding_dim, 1))
+        channels: int,               # C
+        embedding_dim: int,          # D
+        residual_blocks: int = 2,    # depth at the coarse resolution
+        residual_channels: int = 0,  # width inside a residual block; 0: C
+    ):
+        blocks = residual_blocks_of(residual_blocks, channels, residual_channels)
+        down = nn.Conv2d(channels, channels, 4, stride=2, padding=1)
+        super().__init__(down, nn.ReLU(), *blocks, nn.Conv2d(channels, embedding_dim, 1))
 
+# %% ../../nbs/3_models/01_networks.ipynb #081d6102
 class Refine(nn.Sequential):
     "Codes [B, D, h, w] to features [B, C, 2h, 2w]."
     def __init__(self,
-                 embedding_dim: int,        # D
-                 channels: int,             # C
-                 residual_blocks: int = 2):  # depth at the coarse resolution
-        blocks = [ResidualBlock(channels) for _ in range(residual_blocks)]
-        super().__init__(nn.Conv2d(embedding_dim, channels, 1), *blocks, nn.ConvTranspose2d(channels, channels, 4, stride=2, padding=1), nn.ReLU())
+        embedding_dim: int,          # D
+        channels: int,               # C
+        residual_blocks: int = 2,    # depth at the coarse resolution
+        residual_channels: int = 0,  # width inside a residual block; 0: C
+    ):
+        blocks = residual_blocks_of(residual_blocks, channels, residual_channels)
+        project = nn.Conv2d(embedding_dim, channels, 1)
+        up = nn.ConvTranspose2d(channels, channels, 4, stride=2, padding=1)
+        super().__init__(project, *blocks, up, nn.ReLU())

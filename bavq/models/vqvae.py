@@ -4,22 +4,16 @@
 
 # %% ../../nbs/3_models/02_vqvae.ipynb #d974dbd9
 from __future__ import annotations
-from typing import NamedTuple
+from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from ..quantizers.ba_vq import BAQuantizer           # imported so that it is registered
-from ..quantizers.composite import ResidualQuantizer  # likewise
-from ..core.config import RunConfig
-from ..core.distributed import set_seed
 from ..core.errors import require, typed
-from .networks import Coarsen, Decoder, Encoder, Refine
+from .networks import NETWORKS
 from ..quantizers.base import make_quantizer
-from ..quantizers.searchless import FSQQuantizer      # likewise
-from ..quantizers.vq_ema import VQEMAQuantizer        # likewise
 
 # %% auto #0
-__all__ = ['VQVAEOutput', 'VQVAE', 'bottom_latents', 'draw', 'two_level_features', 'VQVAE2', 'build_model']
+__all__ = ['VQVAEOutput', 'VQVAE']
 
 # %% ../../nbs/3_models/02_vqvae.ipynb #9d84c321
 class VQVAEOutput(NamedTuple):
@@ -35,37 +29,46 @@ class VQVAEOutput(NamedTuple):
         return self.recon_loss + sum(self.losses.values())
 
 # %% ../../nbs/3_models/02_vqvae.ipynb #0a5da014
-def _check_module(quantizer, options):
-    require(isinstance(quantizer, nn.Module) and hasattr(quantizer, "embedding_dim"),
-            f"quantizer is of type {type(quantizer).__name__}: give a registered name, or a quantizer module that check_quantizer accepts")
-    require(not options, f"{', '.join(options)} given with a quantizer that is already made: set them where it is made, or give its name")
+def check_ready(
+    quantizer: Any,           # what was given in place of a name
+    options: dict[str, Any],  # that were given beside it
+) -> None:
+    "A `BavqError` where this is no quantizer, or where options come too late."
+    require(
+        isinstance(quantizer, nn.Module) and hasattr(quantizer, "embedding_dim"),
+        f"quantizer is of type {type(quantizer).__name__}: "
+        "give a registered name, or a quantizer module that check_quantizer accepts")
+    require(
+        not options,
+        f"{', '.join(options)} given with a quantizer that is already made: "
+        "set them where it is made, or give its name")
 
-# %% ../../nbs/3_models/02_vqvae.ipynb #744b4156
-class VQVAE(nn.Module):
-    "Encoder, quantizer, decoder (van den Oord et al. 2017). Images [B, C, H, W] in [-1, 1], H and W multiples of 4."
-    @typed
-    def __init__(self, quantizer: str | nn.Module = "vq_ema",  # a registered name, or a module that keeps the contract
-                 codebook_size: int = 512,     # K; a module brings its own
-                 embedding_dim: int = 256,     # D; a module brings its own
-                 in_channels: int = 3,         # C, of the images
-                 hidden_channels: int = 256,   # width of the encoder and the decoder
-                 residual_blocks: int = 2,     # depth of each
-                 num_classes: int = 0,         # of labels that the decoder is told; 0: none
-                 **options):                   # more arguments of the named quantizer
-        super().__init__()
-        named = isinstance(quantizer, str)
-        if not named: _check_module(quantizer, options)
-        sizes = hidden_channels, embedding_dim if named else quantizer.embedding_dim, residual_blocks
-        # the networks first: their weights then depend on the seed, not on what a quantizer draws
-        self.encoder, self.decoder = Encoder(in_channels, *sizes), Decoder(in_channels, *sizes, num_classes)
-        self.quantizer = make_quantizer(quantizer, codebook_size, embedding_dim, **options) if named else quantizer
-        self.bottleneck = True  # False: the decoder sees the latents themselves, for a warm-up
+# %% ../../nbs/3_models/02_vqvae.ipynb #96c1680c
+def make_network(
+    network: Any,  # a registered name, package.module:Class, or an object with an encoder and a decoder
+    **sizes: int,  # of the named one
+) -> Any:          # with encoder and decoder
+    "The pair of networks on either side of the codebook."
+    if isinstance(network, str):
+        name, network = network, NETWORKS.find(network)(**sizes)
+        whole = pair_is_whole(network)
+        require(whole, f"network {name} has no encoder and decoder: make it a class with both")
+    require(
+        pair_is_whole(network),
+        f"network is of type {type(network).__name__}: "
+        "give a registered name, package.module:Class, or an object with an encoder and a decoder")
+    return network
 
-    def forward(self, x: Tensor, labels: Tensor | None = None) -> VQVAEOutput:  # labels [B]: for a conditional decoder only
-        z = self.encoder(x)
-        z_q, losses, metrics = self.quantizer(z) if self.bottleneck else (z, {}, {})
-        x_recon = self.decoder(z_q, labels)
-        return VQVAEOutput(x_recon, F.mse_loss(x_recon, x), losses, metrics)
+def pair_is_whole(network: Any) -> bool:
+    "Has it both halves?"
+    return all(isinstance(getattr(network, half, None), nn.Module) for half in ("encoder", "decoder"))
+
+# %% ../../nbs/3_models/02_vqvae.ipynb #b46486dc
+class Coding(nn.Module):
+    "Images to codes and back, for a model with an encoder, a quantizer and a decoder."
+    encoder: nn.Module
+    quantizer: Any      # a module that keeps the contract
+    decoder: nn.Module
 
     def encode_latents(self, x: Tensor) -> Tensor:
         "Latents [B, D, H/4, W/4], before the quantizer."
@@ -79,96 +82,59 @@ class VQVAE(nn.Module):
     @torch.no_grad()
     def decode_codes(self, indices: Tensor, labels: Tensor | None = None) -> Tensor:
         "Images [B, C, 4h, 4w] from code indices [B, h, w]."
-        require(torch.is_tensor(indices) and indices.dim() == 3 and indices.numel() > 0,
-                f"indices are {list(getattr(indices, 'shape', [])) or type(indices).__name__}: give a tensor [B, h, w], as encode returns it")
+        check_grid(indices)
         return self.decoder(self.quantizer.decode(indices), labels)
 
     def anneal(self, progress: float) -> None:
         "Tell the quantizer how far training is, from 0 to 1."
         self.quantizer.anneal(progress)
 
-# %% ../../nbs/3_models/02_vqvae.ipynb #66673466
-def bottom_latents(
-    m: VQVAE2,         # for its networks
-    features: Tensor,  # of the images [B, hidden, H/4, W/4]
-    e_top: Tensor,     # top codes [B, D, H/8, W/8]
-) -> Tensor:               # [B, D, H/4, W/4]
-    "What the bottom level has to say, given the top codes."
-    return m.condition(torch.cat([features, m.refine(e_top)], dim=1))
+# %% ../../nbs/3_models/02_vqvae.ipynb #647fc012
+def check_grid(
+    indices: Any,  # what should be codes [B, h, w]
+) -> None:
+    "A `BavqError` where these are no grids of codes."
+    grids = torch.is_tensor(indices) and indices.dim() == 3 and indices.numel() > 0
+    found = list(getattr(indices, "shape", [])) or type(indices).__name__
+    require(grids, f"indices are {found}: give a tensor [B, h, w], as encode returns it")
 
-def draw(m: VQVAE2, e_top: Tensor, e: Tensor, labels: Tensor | None) -> Tensor:
-    "Images from the codes of both levels."
-    return m.decoder(torch.cat([m.enlarge(e_top), e], dim=1), labels)
+# %% ../../nbs/3_models/02_vqvae.ipynb #744b4156
+class VQVAE(Coding):
+    """Encoder, quantizer, decoder (van den Oord et al. 2017).
 
-def two_level_features(m: VQVAE2, x: Tensor) -> Tensor:
-    "What both levels are made from [B, hidden, H/4, W/4]."
-    require(x.dim() != 4 or all(n % 8 == 0 for n in x.shape[2:]), f"images have shape {list(x.shape)}: pad, crop or resize both sides to multiples of 8")
-    return m.encoder(x)
-
-# %% ../../nbs/3_models/02_vqvae.ipynb #f97e9c51
-def _check_pair(quantizer, options):
-    pair = isinstance(quantizer, (tuple, list)) and len(quantizer) == 2
-    require(pair, f"quantizer is of type {type(quantizer).__name__}: give a registered name, or two modules (top, bottom)")
-    for q in quantizer: _check_module(q, options)
-    require(quantizer[0] is not quantizer[1], "top and bottom are the same quantizer: make two")
-    return [q.embedding_dim for q in quantizer]
-
-def _quantize(m, quantizer, z): return quantizer(z) if m.bottleneck else (z, {}, {})
-def _at_top(values): return {f"{k}_top": v for k, v in values.items()}
-
-# %% ../../nbs/3_models/02_vqvae.ipynb #ba4d6821
-class VQVAE2(nn.Module):
-    "Two levels of codes (Razavi et al. 2019). Images [B, C, H, W] in [-1, 1], H and W multiples of 8."
+    Images are [B, C, H, W] in [-1, 1], H and W multiples of 4."""
+    @typed
     def __init__(self,
-                 quantizer: str | tuple = "vq_ema",  # a registered name, or two modules (top, bottom)
-                 codebook_size: int = 512,     # K of each level; modules bring their own
-                 embedding_dim: int = 64,      # D of each level; modules bring their own
-                 in_channels: int = 3,         # C, of the images
-                 hidden_channels: int = 256,   # width of all networks
-                 residual_blocks: int = 2,     # depth of each
-                 num_classes: int = 0,         # of labels that the decoder is told; 0: none
-                 **options):                   # more arguments of the named quantizer
+        quantizer: str | nn.Module = "vq_ema",  # a registered name, or a module that keeps the contract
+        codebook_size: int = 512,     # K; a module brings its own
+        embedding_dim: int = 256,     # D; a module brings its own
+        in_channels: int = 3,         # C, of the images
+        hidden_channels: int = 256,   # width of the encoder and the decoder
+        residual_blocks: int = 2,     # depth of each
+        num_classes: int = 0,         # of labels that the decoder is told; 0: none
+        network: Any = "conv",        # a registered name, package.module:Class, or a pair that is ready
+        **options: Any,               # more arguments of the named quantizer
+    ):
         super().__init__()
-        named, h, n = isinstance(quantizer, str), hidden_channels, residual_blocks
-        D_top, D = [embedding_dim] * 2 if named else _check_pair(quantizer, options)
-        self.encoder, self.coarsen, self.refine = Encoder(in_channels, h, h, n), Coarsen(h, D_top, n), Refine(D_top, h, n)
-        self.condition, self.enlarge = nn.Conv2d(2 * h, D, 1), nn.ConvTranspose2d(D_top, D_top, 4, stride=2, padding=1)
-        self.decoder = Decoder(in_channels, h, D_top + D, n, num_classes)
-        make = lambda: make_quantizer(quantizer, codebook_size, embedding_dim, **options)
-        self.quantizer_top, self.quantizer = (make(), make()) if named else quantizer
+        ready: Any = None if isinstance(quantizer, str) else quantizer
+        if ready is not None:
+            check_ready(ready, options)
+            embedding_dim = ready.embedding_dim
+        # the networks first: their weights then depend on the seed, not on what a quantizer draws
+        pair = make_network(
+            network, in_channels=in_channels, hidden_channels=hidden_channels, embedding_dim=embedding_dim,
+            residual_blocks=residual_blocks, num_classes=num_classes)
+        self.encoder, self.decoder = pair.encoder, pair.decoder
+        if ready is None:
+            ready = make_quantizer(str(quantizer), codebook_size, embedding_dim, **options)
+        self.quantizer = ready
         self.bottleneck = True  # False: the decoder sees the latents themselves, for a warm-up
 
-    def forward(self, x: Tensor, labels: Tensor | None = None) -> VQVAEOutput:  # labels [B]: for a conditional decoder only
-        features = two_level_features(self, x)
-        e_top, losses, metrics = _quantize(self, self.quantizer_top, self.coarsen(features))
-        e, *more = _quantize(self, self.quantizer, bottom_latents(self, features, e_top))
-        x_recon = draw(self, e_top, e, labels)
-        return VQVAEOutput(x_recon, F.mse_loss(x_recon, x), more[0] | _at_top(losses), more[1] | _at_top(metrics))
-
-    @torch.no_grad()
-    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        "Code indices of the top level [B, H/8, W/8] and of the bottom level [B, H/4, W/4], int64."
-        top = self.quantizer_top.encode(self.coarsen(features := two_level_features(self, x)))
-        return top, self.quantizer.encode(bottom_latents(self, features, self.quantizer_top.decode(top)))
-
-    @torch.no_grad()
-    def decode_codes(self, codes: tuple[Tensor, Tensor], labels: Tensor | None = None) -> Tensor:
-        "Images [B, C, 8h, 8w] from indices of both levels, [B, h, w] and [B, 2h, 2w], as `encode` returns them."
-        return draw(self, self.quantizer_top.decode(codes[0]), self.quantizer.decode(codes[1]), labels)
-
-    def anneal(self, progress: float) -> None:
-        for q in (self.quantizer_top, self.quantizer): q.anneal(progress)
-
-# %% ../../nbs/3_models/02_vqvae.ipynb #d6a54be3
-def build_model(
-    config: RunConfig,  # quantizer, sizes, seed
-    channels: int = 3,  # C of the images
-) -> VQVAE:
-    "The model of a run; encoder and decoder depend on the seed and their sizes, not on the quantizer."
-    c = config
-    set_seed(c.seed)
-    made = [make_quantizer(c.quantizer, c.codebook_size, c.embedding_dim, **c.options) for _ in range(c.levels)]
-    set_seed(c.seed)
-    model = (VQVAE2 if c.levels == 2 else VQVAE)(tuple(made) if c.levels == 2 else made[0], in_channels=channels, hidden_channels=c.hidden_channels, residual_blocks=c.residual_blocks)
-    set_seed(c.seed)
-    return model.to(memory_format=torch.channels_last)
+    def forward(self,
+        x: Tensor,                     # images [B, C, H, W]
+        labels: Tensor | None = None,  # [B], for a conditional decoder only
+    ) -> VQVAEOutput:
+        z = self.encoder(x)
+        z_q, losses, metrics = self.quantizer(z) if self.bottleneck else (z, {}, {})
+        x_recon = self.decoder(z_q, labels)
+        return VQVAEOutput(x_recon, F.mse_loss(x_recon, x), losses, metrics)

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 from ..core.errors import BavqError, require
 from .base import (Quantized, Quantizer, from_rows, full_precision, latent_rows, quantize,
-                                  register_quantizer)
+                                  register_quantizer, usage_metrics)
 from .vq_ema import VQEMAQuantizer
-from ..theory.metrics import code_counts, compute_perplexity, compute_usage_rate
 
 # %% auto #0
 __all__ = ['PeerQuantizer', 'VectorQuantizeAdapter', 'as_vector_quantize', 'from_vector_quantize']
@@ -67,11 +66,7 @@ def peer_step(
         x = latent_rows(q, z)
         z_q, index, loss = (v.squeeze(0) for v in q.vq(x[None]))
         q.initialised.fill_(True)
-        counts = code_counts(index, q.num_embeddings)
-        metrics = dict(
-            code_indices=from_rows(index, z.shape),
-            perplexity=compute_perplexity(counts),
-            usage_rate=compute_usage_rate(counts))
+        metrics = usage_metrics(index, q.num_embeddings, z.shape)
         return Quantized(from_rows(z_q, z.shape), dict(commitment_loss=loss), metrics)
 
 # %% ../../nbs/2_quantizers/10_adapters.ipynb #b08bb6be

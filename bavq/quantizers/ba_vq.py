@@ -5,152 +5,59 @@
 # %% ../../nbs/2_quantizers/05_ba_vq.ipynb #5c3d663b
 from __future__ import annotations
 import math
-from functools import partial
-from typing import Callable
+from collections.abc import Callable
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from ..core.distributed import all_reduce
-from ..core.errors import choose, require, typed, is_number
-from ..theory.metrics import code_counts, compute_perplexity, compute_usage_rate
-from .base import (Quantized, Quantizer, from_rows, full_precision, init_uniform, latent_rows, quantize,
-                            register_quantizer, row_chunks, squared_distances, straight_through)
-from .vq_ema import EMACodebook, WideBuffers, sample_rows, wide
+from ..core.errors import choose, is_number, require, typed
+from ..theory.metrics import code_counts
+from .base import register_quantizer, row_chunks
+from .schedules import as_schedule
+from .codebook import EMAQuantizer, PreciseBuffers, at_least_float32, revive
 
 # %% auto #0
-__all__ = ['MARGINALS', 'constant', 'geometric', 'cosine', 'as_schedule', 'SpecifiedBAQuantizer', 'iterate', 'soft_codes',
-           'blend', 'posterior', 'soft_statistics', 'exponent', 'log_share', 'next_potentials', 'revive', 'BAQuantizer',
-           'soft_em_step', 'QuickBAQuantizer']
-
-# %% ../../nbs/2_quantizers/05_ba_vq.ipynb #5fface9b
-def constant(
-    value: float,  # above 0
-) -> Callable:
-    "β stays."
-    return partial(_constant, value)
-
-def geometric(
-    start: float,        # β at progress 0
-    end: float,          # β from `until` on
-    until: float = 0.8,  # part of the training that the rise takes
-) -> Callable:
-    "β rises by equal factors: equal steps on the logarithmic scale on which it acts."
-    require(start > 0 and end > 0 and 0 < until <= 1, f"start is {start}, end {end}, until {until}: give values above 0, and a part of the training, above 0 and up to 1")
-    return partial(_geometric, start, end, until)
-
-def cosine(
-    start: float,  # β at progress 0
-    end: float,    # β at progress 1
-) -> Callable:
-    "β rises along half a cosine."
-    return partial(_cosine, start, end)
-
-# functions of the module, so that a quantizer can be pickled
-def _constant(value, progress): return value
-def _geometric(start, end, until, progress): return start * (end / start) ** min(1.0, progress / until)
-def _cosine(start, end, progress): return start + (end - start) * (1 - math.cos(math.pi * progress)) / 2
-
-# %% ../../nbs/2_quantizers/05_ba_vq.ipynb #9ff1bf4f
-def as_schedule(
-    beta,  # a number, a pair (start, end), or a function of progress in [0, 1]
-) -> Callable:
-    "A schedule: a number stays, a pair rises geometrically."
-    if callable(beta): return beta
-    pair = tuple(beta) if isinstance(beta, (tuple, list)) else (beta, beta)
-    require(len(pair) == 2 and all(is_number(b) and 1e-12 <= b <= 1e12 for b in pair), f"beta is {beta}: give a number above 0, from 1e-12 to 1e12, or a pair of them (start, end)")
-    return constant(pair[0]) if pair[0] == pair[1] else geometric(*pair)
-
-# %% ../../nbs/2_quantizers/05_ba_vq.ipynb #f0a8fcf6
-@register_quantizer("ba_vq_spec")
-class SpecifiedBAQuantizer(Quantizer):
-    "BA-VQ as first sketched: absolute β, blends in training, codes by gradient. Kept for comparison; evaluated, as all, with hard codes."
-    def __init__(self, num_embeddings, embedding_dim, commitment_cost=0.25, beta=(0.1, 5.0), iterations=5, entropy_weight=0.01, distance="euclidean"):
-        super().__init__(num_embeddings, embedding_dim, commitment_cost, "uniform", distance)
-        require(iterations >= 1, f"iterations is {iterations}: give at least 1")
-        self.iterations, self.entropy_weight, self.schedule = int(iterations), entropy_weight, cosine(*beta)
-        self.embedding = nn.Parameter(self.prepare(init_uniform(torch.empty(1, embedding_dim), num_embeddings)))
-        self.register_buffer("beta", torch.tensor(float(beta[0])))
-
-    @property
-    def codebook(self): return self.prepare(self.embedding)
-    def write_codes(self, codes): pass  # the codes of the constructor stand
-    def anneal(self, progress): self.beta.fill_(self.schedule(progress))
-    def report(self): return dict(beta=self.beta.clone())
-    def forward(self, z): return blend(self, z) if self.training else quantize(self, z)
-
-# %% ../../nbs/2_quantizers/05_ba_vq.ipynb #8f51c226
-def iterate(
-    d: Tensor,        # squared distances [N, K]
-    beta,             # inverse temperature, per unit of d
-    iterations: int,  # how often
-) -> tuple[Tensor, Tensor]:  # P [N, K], Q [K]
-    "Blahut–Arimoto steps from uniform Q, as sketched: Q kept above 1e-10, gradients through all of it."
-    Q = d.new_full((d.shape[1],), 1 / d.shape[1])
-    for _ in range(iterations):
-        P = torch.softmax(Q.log() - beta * d, 1)
-        Q = P.mean(0).clamp_min(1e-10)
-    return P, Q
-
-def soft_codes(
-    q: Quantizer,  # with `beta` and `iterations`
-    z: Tensor,     # latents [B, D, H, W] or [N, D]
-) -> Tensor:           # blends Σ P(k|z) e_k, the shape of z
-    "What the sketched decoder sees. Not a quantization: no index says it, and it depends on the batch."
-    x = latent_rows(q, z)
-    return from_rows(iterate(squared_distances(x, q.codebook), q.beta, q.iterations)[0] @ q.codebook, z.shape)
-
-# %% ../../nbs/2_quantizers/05_ba_vq.ipynb #a1149f31
-def blend(
-    q: SpecifiedBAQuantizer,  # in training
-    z: Tensor,                # latents [B, D, H, W] or [N, D]
-) -> Quantized:
-    "The sketched training pass: blends, commitment to them, and the entropy bonus."
-    with full_precision(z):
-        x = latent_rows(q, z)
-        P, Q = iterate(squared_distances(x, q.codebook), q.beta, q.iterations)
-        soft, index = P @ q.codebook, P.argmax(1)
-        losses = dict(commitment_loss=q.commitment_cost * F.mse_loss(x, soft.detach()),
-                      entropy_loss=q.entropy_weight * (Q * Q.log()).sum())
-        counts = code_counts(index, q.num_embeddings)
-        metrics = dict(code_indices=from_rows(index, z.shape), perplexity=compute_perplexity(counts),
-                       usage_rate=compute_usage_rate(counts), **q.report())
-        return Quantized(from_rows(straight_through(x, soft), z.shape), losses, metrics)
+__all__ = ['posterior', 'BAQuantizer']
 
 # %% ../../nbs/2_quantizers/05_ba_vq.ipynb #a1c593b3
 def posterior(
-    x: Tensor,   # latents [N, D]
-    e: Tensor,   # codes [K, D]
-    nu: Tensor,  # potentials [K]
-    beta,        # inverse temperature, per unit of squared distance
-) -> Tensor:         # [N, K], rows sum to 1
+    x: Tensor,             # latents [N, D]
+    e: Tensor,             # codes [K, D]
+    nu: Tensor,            # potentials [K]
+    beta: float | Tensor,  # inverse temperature, per unit of squared distance
+) -> Tensor:                   # [N, K], rows sum to 1
     "P(k|z) ∝ exp(ν_k − β‖z−e_k‖²), without ‖z‖², which cancels."
-    return torch.softmax(torch.addmm(nu - beta * e.square().sum(1), x * (2 * beta), e.T), 1)
+    bias = nu - beta * e.square().sum(1)
+    return torch.softmax(torch.addmm(bias, x * (2 * beta), e.T), 1)
 
+# %% ../../nbs/2_quantizers/05_ba_vq.ipynb #1ef83ef6
 @torch.no_grad()
 def soft_statistics(
-    x: Tensor,   # latents [N, D]
-    e: Tensor,   # codes [K, D]
-    nu: Tensor,  # potentials [K]
-    beta,        # inverse temperature, per unit of squared distance
-) -> tuple[Tensor, Tensor]:  # counts [K], sums [K, D], over all processes
+    x: Tensor,             # latents [N, D]
+    e: Tensor,             # codes [K, D]
+    nu: Tensor,            # potentials [K]
+    beta: float | Tensor,  # inverse temperature, per unit of squared distance
+) -> tuple[Tensor, Tensor]:    # counts [K], sums [K, D], over all processes
     "Σ P(k|z) and Σ P(k|z)·z, one chunk of latents at a time."
     counts, sums = x.new_zeros(len(e)), torch.zeros_like(e)
     for rows in row_chunks(x, len(e)):
         P = posterior(rows, e, nu, beta)
-        counts += P.sum(0); sums.addmm_(P.T, rows)
+        counts += P.sum(0)
+        sums.addmm_(P.T, rows)
     return all_reduce(counts), all_reduce(sums)
 
 # %% ../../nbs/2_quantizers/05_ba_vq.ipynb #fab395ba
 MARGINALS = dict(free=1.0, uniform=0.0, balanced=-math.inf)
 
 def exponent(
-    marginal,  # free, uniform, balanced, or a number
+    marginal: str | float,  # free, uniform, balanced, or a number
 ) -> float:
     "The weight a of log Q: 1 (Blahut–Arimoto), 0, -∞, or what is given."
-    a = choose(marginal, MARGINALS, "marginal") if not is_number(marginal) else float(marginal)
+    a = float(marginal) if is_number(marginal) else choose(marginal, MARGINALS, "marginal")
     require(a <= 1, f"marginal is {marginal}: give free, uniform, balanced, or a number up to 1")
     return a
 
+# %% ../../nbs/2_quantizers/05_ba_vq.ipynb #1b9b9fca
 def log_share(
     counts: Tensor,  # [K]
 ) -> Tensor:             # [K]
@@ -163,58 +70,68 @@ def next_potentials(
     average: Tensor,  # its running mean [K]
     a: float,         # weight of log Q
 ) -> Tensor:              # [K], of mean 0 for a < 0
-    "One move of the potentials, which come to rest where ν = a·log(K·Q) (but for the 0.1 lent)."
-    if a >= 0: return a * log_share(average)
-    moved = nu * (1 - 1 / (1 - 2 * a)) - 1 / (2 - 1 / a) * log_share(counts + 0.1)
+    "One move of the potentials, which come to rest where ν = a·log(K·Q), except for the 0.1 lent."
+    if a >= 0:
+        return a * log_share(average)
+    kept = nu * (1 - 1 / (1 - 2 * a))
+    moved = kept - 1 / (2 - 1 / a) * log_share(counts + 0.1)
     return moved - moved.mean()
-
-# %% ../../nbs/2_quantizers/05_ba_vq.ipynb #6166eecc
-def revive(
-    q,          # a BAQuantizer, changed in place
-    x: Tensor,  # latents [N, D]
-) -> None:
-    "Move codes that are hardly ever nearest to latents of the batch: code, count, sum, wins and potential together."
-    book, count = q.book, q.revive_at * q.book.counts.mean()
-    dead, rows = q.wins < q.revive_below * q.wins.mean(), sample_rows(x, len(q.wins))
-    book.codes.copy_(torch.where(dead[:, None], rows, book.codes))
-    book.counts.copy_(torch.where(dead, count, book.counts))
-    book.sums.copy_(torch.where(dead[:, None], rows * count, book.sums))
-    q.wins.copy_(torch.where(dead, q.revive_at * q.wins.mean(), q.wins))
-    q.potentials.copy_(torch.where(dead, q.potentials.mean(), q.potentials))
 
 # %% ../../nbs/2_quantizers/05_ba_vq.ipynb #aa3a012a
 @register_quantizer("ba_vq")
-class BAQuantizer(WideBuffers, Quantizer):
-    "Hard nearest codes to the decoder; a codebook learned by soft EM under a marginal that runs from Blahut–Arimoto to balanced."
-    wide = "potentials", "wins", "beta", "d_ref"
-    revive_below = 0.6   # part of a fair share of wins; only where the marginal is 0 or below
-    revive_at = 1.0      # part of a fair share that a revived code begins with
+class BAQuantizer(PreciseBuffers, EMAQuantizer):
+    "Hard nearest codes to the decoder; a codebook learned by soft EM, from Blahut–Arimoto to balanced use."
+    potentials: Tensor  # ν [K]
+    wins: Tensor        # running hard counts [K]
+    beta: Tensor        # in units of 1/d_ref
+    d_ref: Tensor       # running mean squared distance to the nearest code
+    precise = "potentials", "wins", "beta", "d_ref"
+
     @typed
     def __init__(self,
         num_embeddings: int,                 # K, number of codes
         embedding_dim: int,                  # D, dimension of a code
         commitment_cost: float = 0.25,       # weight of the commitment loss
         decay: float = 0.99,                 # γ of the running means
-        beta=30.0,                           # in units of 1/d_ref: a number, a pair (start, end), or a function of progress
-        marginal="balanced",                 # free (Blahut–Arimoto), uniform, balanced, or the weight a of log Q, at most 1
+        beta: float | tuple[float, float] | Callable = 30.0,  # per d_ref: number, (start, end), schedule
+        marginal: str | float = "balanced",  # free (Blahut–Arimoto), uniform, balanced, or a ≤ 1
+        restart_below: float = 0.6,          # where a ≤ 0: revive under this part of a fair share; 0: never
+        restart_at: float = 1.0,             # part of a fair share that a revived code begins with
         distance: str = "euclidean",         # euclidean or cosine
         gradient: str = "straight_through",  # straight_through or rotation
     ):
-        super().__init__(num_embeddings, embedding_dim, commitment_cost, "kmeans++", distance, gradient)
+        super().__init__(num_embeddings, embedding_dim, commitment_cost, decay, restart_below, restart_at,
+                         "kmeans++", distance, gradient)
         self.schedule = as_schedule(beta)
-        self.book = EMACodebook(self.prepare(init_uniform(torch.empty(1, embedding_dim), num_embeddings)), decay)
         self.exponent = exponent(marginal)
         self.register_buffer("potentials", torch.zeros(num_embeddings))
         self.register_buffer("wins", torch.ones(num_embeddings))
         self.register_buffer("beta", torch.tensor(float(self.schedule(0.0))))
         self.register_buffer("d_ref", torch.zeros(()))
 
-    @property
-    def codebook(self): return self.prepare(self.book.codes)
-    def write_codes(self, codes): self.book.set(codes)
     def anneal(self, progress): self.beta.fill_(self.schedule(progress))
     def report(self): return dict(beta=self.beta.clone())
     def update(self, x, index): soft_em_step(self, x, index)
+
+# %% ../../nbs/2_quantizers/05_ba_vq.ipynb #723843da
+def update_error_scale(
+    q: BAQuantizer,  # changed in place
+    x: Tensor,       # latents [N, D]
+    nearest: Tensor, # their nearest codes [N, D]
+) -> None:
+    "Average in the squared distance of this batch; the first one stands as it is."
+    squared_error = F.mse_loss(x, nearest, reduction="sum")
+    total, rows = all_reduce(torch.stack([squared_error, x.new_tensor(float(len(x)))]))
+    error = total / rows
+    q.d_ref.copy_(torch.where(q.d_ref > 0, q.d_ref.lerp(error, 1 - q.book.decay), error))
+
+def absolute_beta(
+    q: BAQuantizer,
+    x: Tensor,  # latents [N, D]
+) -> Tensor:        # scalar, per unit of squared distance
+    "β of this step, in the units of the latents."
+    rounding = 1e-6 * x.square().sum(1).mean()
+    return q.beta / torch.maximum(q.d_ref, rounding).clamp_min(1e-20)
 
 # %% ../../nbs/2_quantizers/05_ba_vq.ipynb #b56bd5c9
 @torch.no_grad()
@@ -223,19 +140,14 @@ def soft_em_step(
     x: Tensor,       # latents [N, D]
     index: Tensor,   # their nearest codes [N]
 ) -> None:
-    "One step of error scale, wins, soft counts and sums, codes, potentials, and revival."
-    x, e = wide(x), wide(q.codebook)
-    wins, total = all_reduce(code_counts(index, q.num_embeddings).to(x.dtype)), x.new_tensor(float(len(x)))
-    error = torch.div(*all_reduce(torch.stack([F.mse_loss(x, e[index], reduction="sum"), total])))
-    q.d_ref.copy_(torch.where(q.d_ref > 0, q.d_ref.lerp(error, 1 - q.book.decay), error))
+    "What a batch does to the codebook and to all that is kept beside it."
+    x = at_least_float32(x)
+    e = at_least_float32(q.codebook)
+    wins = all_reduce(code_counts(index, q.num_embeddings).to(x.dtype))
+    update_error_scale(q, x, e[index])
     q.wins.lerp_(wins, 1 - q.book.decay)
-    counts, sums = soft_statistics(x, e, q.potentials, q.beta / torch.maximum(q.d_ref, 1e-6 * x.square().sum(1).mean()).clamp_min(1e-20))   # above rounding
+    counts, sums = soft_statistics(x, e, q.potentials, absolute_beta(q, x))
     q.book.absorb(counts, sums)
     q.potentials.copy_(next_potentials(q.potentials, counts, q.book.counts, q.exponent))
-    if q.exponent <= 0 and q.revive_below > 0: revive(q, x)
-
-# %% ../../nbs/2_quantizers/05_ba_vq.ipynb #905904ba
-@register_quantizer("ba_vq_quick")
-class QuickBAQuantizer(BAQuantizer):
-    "BA-VQ whose revived codes begin with as little as others die of."
-    revive_below = revive_at = 0.3
+    if q.exponent <= 0:
+        revive(q.book, x, q.restart_below, q.restart_at, q.wins, q.potentials)

@@ -70,8 +70,8 @@ def even_sizes(K: int, count: int) -> list[int]:
 MAX_CODES = 2**24  # a histogram of them is 128 MB
 
 def check_parts(
-    num_embeddings: int,            # K
-    parts: int | Sequence[int],     # how many, or the codes of each
+    num_embeddings: int,  # K
+    parts: Any,           # how many, or the codes of each
 ) -> None:
     "A `BavqError` where K or the parts are no numbers that can be meant."
     require(
@@ -86,9 +86,9 @@ def check_parts(
 
 # %% ../../nbs/2_quantizers/07_composite.ipynb #31c3405d
 def part_sizes(
-    num_embeddings: int,         # K
-    parts: int | Sequence[int],  # how many, or the codes of each
-) -> tuple[int, ...]:            # their product is K
+    num_embeddings: int,  # K
+    parts: Any,           # how many, or the codes of each
+) -> tuple[int, ...]:     # their product is K
     "The codes of each part: those given, or nearly equal ones, the largest first."
     K = int(num_embeddings)
     check_parts(K, parts)
@@ -241,7 +241,7 @@ def part_metrics(
 ) -> dict[str, Tensor]:
     "What all parts report as a number: one for each part as `part_name` [M], and the mean as `name`."
     names = [name for name, v in metrics[0].items() if v.dim() == 0]
-    found = {}
+    found: dict[str, Tensor] = {}
     for name in names:
         if all(name in m for m in metrics):
             each = torch.stack([m[name] for m in metrics])
@@ -268,7 +268,8 @@ def add_losses(
     weight: float = 1.0,
 ) -> dict[str, Tensor]:
     "The weighted sum, by name."
-    return {name: weight * sum(part[name] for part in losses) for name in losses[0]}
+    first, rest = losses[0], losses[1:]
+    return {name: weight * sum((part[name] for part in rest), first[name]) for name in first}
 
 # %% ../../nbs/2_quantizers/07_composite.ipynb #ad1063ca
 @register_quantizer("product")
@@ -278,9 +279,9 @@ class ProductQuantizer(CompositeQuantizer):
     def __init__(self,
         num_embeddings: int,   # K, all codes together: K_s codes in each of M groups are K_s**M
         embedding_dim: int,    # D, a multiple of the number of groups
-        groups=2,              # M, or the codes of each group
+        groups: int | Sequence[int] = 2,  # M, or the codes of each group
         base: str = "ba_vq",   # registered name of the quantizer of each group
-        **options,             # more arguments of it
+        **options: Any,        # more arguments of it
     ):
         listed = isinstance(groups, (tuple, list))
         require(listed or is_whole(groups), f"groups is {groups!r}: give how many, or the codes of each")
@@ -313,10 +314,10 @@ class ResidualQuantizer(CompositeQuantizer):
     def __init__(self,
         num_embeddings: int,    # K, all codes together: K_s codes in each of L levels are K_s**L
         embedding_dim: int,     # D
-        levels=2,               # L, or the codes of each level
+        levels: int | Sequence[int] = 2,  # L, or the codes of each level
         base: str = "ba_vq",    # registered name of the quantizer of each level
         dropout: float = 0.0,   # part of the training images of which the decoder sees some levels only
-        **options,              # more arguments of the base
+        **options: Any,         # more arguments of the base
     ):
         super().__init__(num_embeddings, embedding_dim, levels, embedding_dim, base, options)
         require(0 <= dropout <= 1, f"dropout is {dropout}: give a part of the images from 0 to 1")

@@ -4,166 +4,18 @@
 
 # %% ../../nbs/2_quantizers/04_vq_ema.ipynb #8713d6c2
 from __future__ import annotations
-import importlib
 import torch
-from torch import Tensor, nn
-from ..core.distributed import all_reduce, from_first, row_place
-from ..core.errors import BavqError, require, typed
-from ..theory.metrics import code_counts, compute_perplexity, compute_usage_rate
-from .base import Quantized, Quantizer, from_rows, full_precision, init_uniform, latent_rows, quantize, register_quantizer
+from .base import register_quantizer
+from .codebook import EMAQuantizer, hard_statistics, revive
 
 # %% auto #0
-__all__ = ['wide', 'WideBuffers', 'hard_statistics', 'smooth', 'SpecifiedVQEMAQuantizer', 'EMACodebook', 'sample_rows', 'restart',
-           'VQEMAQuantizer', 'QuickVQEMAQuantizer']
-
-# %% ../../nbs/2_quantizers/04_vq_ema.ipynb #3c3b3b13
-def wide(x: Tensor) -> Tensor:
-    "At least float32: what sums are taken in."
-    return x if x.dtype == torch.float64 else x.float()
-
-# %% ../../nbs/2_quantizers/04_vq_ema.ipynb #2745b808
-class WideBuffers(nn.Module):
-    "Buffers that are named in `wide` keep their precision where a module goes to bfloat16 or half."
-    wide: tuple[str, ...] = ()
-    def _apply(self, fn, recurse=True):
-        before = {k: self._buffers[k] for k in self.wide}
-        super()._apply(fn, recurse)
-        for k, v in before.items():
-            if (new := self._buffers[k]).dtype in (torch.bfloat16, torch.float16): self._buffers[k] = v.to(new.device)
-        return self
-
-# %% ../../nbs/2_quantizers/04_vq_ema.ipynb #1f0c64b8
-def hard_statistics(
-    x: Tensor,            # latents [N, D]
-    index: Tensor,        # the code of each [N]
-    num_embeddings: int,  # K
-) -> tuple[Tensor, Tensor]:   # counts [K], sums [K, D], over all processes
-    "How many latents each code won, and their sum."
-    x = wide(x)
-    counts = x.new_zeros(num_embeddings).index_add_(0, index, x.new_ones(len(x)))
-    sums = x.new_zeros(num_embeddings, x.shape[1]).index_add_(0, index, x)
-    return all_reduce(counts), all_reduce(sums)
-
-# %% ../../nbs/2_quantizers/04_vq_ema.ipynb #8f199ee2
-def smooth(
-    counts: Tensor,     # N [K]
-    eps: float = 1e-5,  # ε
-) -> Tensor:                # [K], the same total, none zero
-    "Laplace-smoothed counts, as a new tensor."
-    total = counts.sum()
-    return (counts + eps) / (total + len(counts) * eps) * total
-
-# %% ../../nbs/2_quantizers/04_vq_ema.ipynb #3e8e9ea8
-@register_quantizer("vq_ema_spec")
-class SpecifiedVQEMAQuantizer(WideBuffers, Quantizer):
-    "VQ-EMA as commonly specified: codes in ±1/K, counts from zero, sums from the codes, smoothing in place. Kept for comparison; codes die."
-    wide = "ema_cluster_size", "ema_w"
-    def __init__(self, num_embeddings, embedding_dim, commitment_cost=0.25, decay=0.99, distance="euclidean", gradient="straight_through"):
-        super().__init__(num_embeddings, embedding_dim, commitment_cost, "uniform", distance, gradient)
-        self.decay = decay
-        self.register_buffer("embedding", self.prepare(init_uniform(torch.empty(1, embedding_dim), num_embeddings)))
-        self.register_buffer("ema_cluster_size", torch.zeros(num_embeddings))
-        self.register_buffer("ema_w", self.embedding.clone())
-
-    @property
-    def codebook(self): return self.prepare(self.embedding)
-    def write_codes(self, codes): pass  # the codes of the constructor stand
-
-    @torch.no_grad()
-    def update(self, x, index):
-        counts, sums = hard_statistics(x, index, self.num_embeddings)
-        self.ema_cluster_size.lerp_(counts, 1 - self.decay)
-        self.ema_cluster_size.copy_(smooth(self.ema_cluster_size))
-        self.ema_w.lerp_(sums, 1 - self.decay)
-        self.embedding.copy_(self.ema_w / self.ema_cluster_size[:, None])
-
-# %% ../../nbs/2_quantizers/04_vq_ema.ipynb #20ba3689
-class EMACodebook(WideBuffers):
-    "Codes as running means: counts N, sums S, codes S/N."
-    wide = "counts", "sums"
-    def __init__(self,
-        codes: Tensor,        # where they stand [K, D]
-        decay: float = 0.99,  # γ; the memory is 1/(1-γ) batches
-    ):
-        super().__init__()
-        require(0 <= decay < 1, f"decay is {decay}: give a number from 0 up to, not including, 1")
-        self.decay = decay
-        self.register_buffer("codes", codes.clone())
-        self.register_buffer("counts", torch.ones(len(codes)))
-        self.register_buffer("sums", codes.clone())
-
-    def set(self, codes: Tensor) -> None:
-        "Put all codes somewhere [K, D], each with the weight of one latent."
-        self.codes.copy_(codes)
-        self.sums.copy_(codes)
-        self.counts.fill_(1)
-
-    def absorb(self, counts: Tensor, sums: Tensor) -> None:
-        "Average in one batch's counts [K] and sums [K, D]."
-        self.counts.lerp_(counts, 1 - self.decay)
-        self.sums.lerp_(sums, 1 - self.decay)
-        self.codes.copy_(self.sums / smooth(self.counts)[:, None])
-
-# %% ../../nbs/2_quantizers/04_vq_ema.ipynb #b919e741
-def sample_rows(
-    x: Tensor,  # this process's latents [N, D]
-    n: int,     # how many to draw
-) -> Tensor:        # [n, D], the same on every process
-    "Latents drawn at random from those of all processes; none twice where there are enough."
-    start, size = row_place(x)
-    pick = torch.randperm(size, device=x.device)[:n] if n <= size else torch.randint(size, (n,), device=x.device)
-    pick = from_first(pick) - start
-    mine = (0 <= pick) & (pick < len(x))
-    return all_reduce(x[pick.clamp(0, len(x) - 1)] * mine[:, None])
-
-def restart(
-    book: EMACodebook,  # changed in place
-    x: Tensor,          # latents [N, D]
-    below: float,       # a code under this part of the mean count is revived; 0: none
-    at: float = 1.0,    # and begins with this part of it
-) -> None:
-    "Move codes that win too little to latents of the batch: code, count and sum together."
-    fair = book.counts.mean()
-    dead, rows = book.counts < below * fair, sample_rows(x, len(book.codes))
-    book.codes.copy_(torch.where(dead[:, None], rows, book.codes))
-    book.counts.copy_(torch.where(dead, at * fair, book.counts))
-    book.sums.copy_(torch.where(dead[:, None], rows * (at * fair), book.sums))
+__all__ = ['VQEMAQuantizer']
 
 # %% ../../nbs/2_quantizers/04_vq_ema.ipynb #5cc44796
 @register_quantizer("vq_ema")
-class VQEMAQuantizer(Quantizer):
-    "VQ-EMA that keeps its codes: started on the data, counts beside sums, revival of codes that win too little."
-    revive_at = 1.0   # part of a fair share that a revived code begins with
-    @typed
-    def __init__(self,
-        num_embeddings: int,                 # K, number of codes
-        embedding_dim: int,                  # D, dimension of a code
-        commitment_cost: float = 0.25,       # weight of the commitment loss
-        decay: float = 0.99,                 # γ of the running means
-        restart_below: float = 0.6,          # revive codes under this part of a fair share; 0: never
-        init: str = "kmeans++",              # where codes start: kmeans++, data, uniform
-        distance: str = "euclidean",         # euclidean or cosine
-        gradient: str = "straight_through",  # straight_through or rotation
-    ):
-        super().__init__(num_embeddings, embedding_dim, commitment_cost, init, distance, gradient)
-        require(0 <= restart_below < 1, f"restart_below is {restart_below}: give a part of a fair share from 0 up to, not including, 1")
-        self.restart_below = restart_below
-        self.book = EMACodebook(self.prepare(init_uniform(torch.empty(1, embedding_dim), num_embeddings)), decay)
-
-    @property
-    def codebook(self): return self.prepare(self.book.codes)
-    def write_codes(self, codes): self.book.set(codes)
-
+class VQEMAQuantizer(EMAQuantizer):
+    "VQ-EMA that keeps its codes: started on the data, and revived where they win too little."
     @torch.no_grad()
     def update(self, x, index):
         self.book.absorb(*hard_statistics(x, index, self.num_embeddings))
-        if self.restart_below > 0: restart(self.book, x, self.restart_below, self.revive_at)
-
-# %% ../../nbs/2_quantizers/04_vq_ema.ipynb #1181c623
-@register_quantizer("vq_ema_quick")
-class QuickVQEMAQuantizer(VQEMAQuantizer):
-    "VQ-EMA whose revived codes begin with as little as others die of."
-    def __init__(self, *args, restart_below: float = 0.3, **options): super().__init__(*args, restart_below=restart_below, **options)
-
-    @property
-    def revive_at(self): return self.restart_below
+        revive(self.book, x, self.restart_below, self.restart_at)

@@ -4,34 +4,24 @@
 
 # %% ../../nbs/6_studies/01_linear_lab.ipynb #d86cdc3d
 from __future__ import annotations
-import itertools, multiprocessing, time
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field, fields, replace
-from functools import lru_cache, partial
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields
+from functools import partial
+from typing import Any
 import numpy as np
-import pandas as pd
 import torch
 from scipy.optimize import brentq
 from scipy.stats import entropy
 from sklearn.cluster import KMeans, kmeans_plusplus
-from ..quantizers.ba_vq import BAQuantizer
 from ..core.errors import choose, require
-from ..core.storage import atomic_write, write_json
 from ..theory.sources import gaussian_source
-from ..training.experiments import cores, environment
-from ..quantizers.base import nearest_code, rotate, straight_through
 from ..theory.rate_distortion import gaussian_rd
-from ..theory.statistics import mean_interval, paired_difference
-from ..core.storage import read_json
+from ..quantizers.ba_vq import BAQuantizer
+from ..quantizers.base import nearest_code, rotate, straight_through
 from ..quantizers.vq_ema import VQEMAQuantizer
 
 # %% auto #0
-__all__ = ['STARTS', 'TRAINERS', 'SPECTRA', 'SIZES', 'WEIGHTS', 'RATES', 'TRAIN', 'TEST', 'LABELS', 'FIGURES', 'LowRankSource',
-           'polar', 'distortion_bound', 'nearest', 'LinearVQ', 'measure', 'manual_gradients', 'autograd_gradients',
-           'tangent', 'Lab', 'principal_axes', 'random_axes', 'begin', 'pca_lloyd', 'descend', 'running_means',
-           'annealed', 'fit', 'study_jobs', 'run_job', 'run_seed', 'map_seeds', 'record_study', 'load_study', 'by_seed',
-           'summary', 'look', 'figure_differences', 'figure_convergence', 'draw', 'lab_studies', 'lab_quick']
+__all__ = ['LowRankSource', 'distortion_bound', 'LinearVQ', 'manual_gradients', 'fit_linear']
 
 # %% ../../nbs/6_studies/01_linear_lab.ipynb #253d855d
 @dataclass(frozen=True)
@@ -45,36 +35,45 @@ class LowRankSource:
     @property
     def variances(self) -> np.ndarray:  # [D], the signal's first
         "Variances along the principal axes."
-        require(1 <= self.rank < self.dim, f"rank is {self.rank} and dim {self.dim}: give a rank from 1 to dim - 1")
+        fits = 1 <= self.rank < self.dim
+        require(fits, f"rank is {self.rank} and dim {self.dim}: give a rank from 1 to dim - 1")
         signal = np.broadcast_to(np.asarray(self.signal, float), self.rank)
         return self.noise**2 + np.concatenate([signal**2, np.zeros(self.dim - self.rank)])
 
     @property
     def axes(self) -> np.ndarray:       # [D, D], a principal axis in each column
+        "Principal axes."
         return polar(np.random.default_rng(0).normal(size=(self.dim, self.dim)))
 
-    def sample(self, n: int, seed: int = 0) -> np.ndarray:  # [n, D], float64
+    def sample(
+        self,
+        n: int,         # samples
+        seed: int = 0,  # which ones
+    ) -> np.ndarray:    # [n, D], float64
+        "Draw samples."
         return gaussian_source(n, self.variances.tolist(), seed).double().numpy() @ self.axes.T
 
-def polar(A: np.ndarray) -> np.ndarray:
-    "The nearest matrix with orthonormal columns to A [D, m]: its polar factor A(AᵀA)^(-1/2)."
+# %% ../../nbs/6_studies/01_linear_lab.ipynb #afffc492
+def polar(
+    A: np.ndarray,  # [D, m]
+) -> np.ndarray:    # [D, m]
+    "The nearest matrix with orthonormal columns: the polar factor A(AᵀA)^(-1/2)."
     U, _, Vt = np.linalg.svd(A, full_matrices=False)
     return U @ Vt
 
 # %% ../../nbs/6_studies/01_linear_lab.ipynb #1842eafd
 def distortion_bound(
-    variances: np.ndarray,  # along the principal axes
+    variances: np.ndarray,  # along the principal axes [D]
     bits: float,            # per sample, above 0
-) -> float:                     # the squared error
+) -> float:                 # the squared error
     "D(R) of a Gaussian vector: `gaussian_rd`, inverted."
-    missing = lambda log_D: float(gaussian_rd(variances, np.exp(log_D))) - bits
-    return float(np.exp(brentq(missing, np.log(np.min(variances)) - 2 * bits * np.log(2) - 1e-6, np.log(np.sum(variances)))))
+    def missing_bits(log_D):
+        return float(gaussian_rd(variances, np.exp(log_D))) - bits
+
+    low = np.log(np.min(variances)) - 2 * bits * np.log(2) - 1e-6
+    return float(np.exp(brentq(missing_bits, low, np.log(np.sum(variances)))))
 
 # %% ../../nbs/6_studies/01_linear_lab.ipynb #aa8abe97
-def nearest(z: np.ndarray, codes: np.ndarray) -> np.ndarray:
-    "Index [N] of the nearest code [K, m] of each latent [N, m]."
-    return (z @ codes.T - 0.5 * (codes**2).sum(1)).argmax(1)
-
 @dataclass
 class LinearVQ:
     "A linear encoder with orthonormal columns, and a codebook."
@@ -82,26 +81,57 @@ class LinearVQ:
     codes: np.ndarray  # [K, m]
     history: list[dict] = field(default_factory=list)  # step, mse and entropy along the training
 
-    def __post_init__(self):
-        require(np.allclose(self.W.T @ self.W, np.eye(self.W.shape[1]), atol=1e-10), "the columns of W are not orthonormal: retract W after every step")
+    def __post_init__(self) -> None:
+        orthonormal = np.allclose(self.W.T @ self.W, np.eye(self.W.shape[1]), atol=1e-10)
+        require(orthonormal, "the columns of W are not orthonormal: retract W after every step")
 
-    def encode(self, x: np.ndarray) -> np.ndarray: return nearest(x @ self.W, self.codes)  # [N, D] -> [N]
-    def decode(self, k: np.ndarray) -> np.ndarray: return self.codes[k] @ self.W.T         # [N] -> [N, D]
+    def encode(self, x: np.ndarray) -> np.ndarray:
+        "Indices [N] of samples [N, D]."
+        return nearest(x @ self.W, self.codes)
 
-def measure(q: LinearVQ, x: np.ndarray) -> dict[str, float]:
-    "Squared error per sample of x [N, D], and the entropy of the codes' use as a part of log K."
+    def decode(self, k: np.ndarray) -> np.ndarray:
+        "Samples [N, D] for indices [N]."
+        return self.codes[k] @ self.W.T
+
+# %% ../../nbs/6_studies/01_linear_lab.ipynb #28b97079
+def nearest(
+    z: np.ndarray,      # latents [N, m]
+    codes: np.ndarray,  # [K, m]
+) -> np.ndarray:        # [N]
+    "Index of the nearest code of each latent."
+    return (z @ codes.T - 0.5 * (codes**2).sum(1)).argmax(1)
+
+def linear_scores(
+    q: LinearVQ,
+    x: np.ndarray,        # samples [N, D]
+) -> dict[str, float]:
+    "Squared error per sample `mse`, and the `entropy` of the codes' use as a part of log K."
     k = q.encode(x)
     share = np.bincount(k, minlength=len(q.codes)) / len(k)
-    return dict(mse=float(((x - q.decode(k)) ** 2).sum(1).mean()), entropy=float(entropy(share) / np.log(len(share))))
+    mse = ((x - q.decode(k)) ** 2).sum(1).mean()
+    return dict(mse=float(mse), entropy=float(entropy(share) / np.log(len(share))))
+
+# %% ../../nbs/6_studies/01_linear_lab.ipynb #13232897
+def naive_gradients(
+    W: np.ndarray, codes: np.ndarray, x: np.ndarray, commitment: float = 0.25, codebook_weight: float = 1.0
+) -> tuple[np.ndarray, np.ndarray]:
+    "The straight-through gradients as the derivation reads; the studies time it."
+    z = x @ W
+    k = nearest(z, codes)
+    q = codes[k]
+    r = x - q @ W.T
+    g = -2 * r @ W + 2 * commitment * (z - q)
+    G_codes = np.stack([(codes[j] - z[k == j]).sum(0) for j in range(len(codes))])
+    return (x.T @ g - 2 * r.T @ q) / len(x), 2 * codebook_weight * G_codes / len(x)
 
 # %% ../../nbs/6_studies/01_linear_lab.ipynb #e03d8968
 def manual_gradients(
-    W: np.ndarray,                 # [D, m]
-    codes: np.ndarray,             # [K, m]
-    x: np.ndarray,                 # a batch [B, D]
-    commitment: float = 0.25,      # β
-    codebook_weight: float = 1.0,  # α
-) -> tuple[np.ndarray, np.ndarray]:    # of W [D, m], of the codes [K, m]
+    W: np.ndarray,                   # [D, m]
+    codes: np.ndarray,               # [K, m]
+    x: np.ndarray,                   # a batch [B, D]
+    commitment: float = 0.25,        # β
+    codebook_weight: float = 1.0,    # α
+) -> tuple[np.ndarray, np.ndarray]:  # of W [D, m], of the codes [K, m]
     "The straight-through gradients, derived by hand, in NumPy."
     z = x @ W
     k = nearest(z, codes)
@@ -110,23 +140,35 @@ def manual_gradients(
     G_W = (x.T @ (g - 2 * q) + 2 * W @ (q.T @ q)) / len(x)
     one_hot = np.zeros((len(x), len(codes)))
     one_hot[np.arange(len(x)), k] = 1
-    return G_W, 2 * codebook_weight * (one_hot.sum(0)[:, None] * codes - one_hot.T @ z) / len(x)
+    counts, sums = one_hot.sum(0), one_hot.T @ z
+    return G_W, 2 * codebook_weight * (counts[:, None] * codes - sums) / len(x)
 
 # %% ../../nbs/6_studies/01_linear_lab.ipynb #35719aa1
-def autograd_gradients(W, codes, x, commitment=0.25, codebook_weight=1.0, estimate=straight_through):
-    "What `manual_gradients` gives, by PyTorch, for any estimator; arrays lend their memory to tensors, nothing is copied."
-    x, W, codes = torch.from_numpy(x), *(torch.from_numpy(a).requires_grad_() for a in (W, codes))
-    z = x @ W
-    q = codes[nearest_code(z, codes)]
-    recon = (x - estimate(z, q) @ W.T).square().sum()
-    loss = recon + commitment * (z - q.detach()).square().sum() + codebook_weight * (q - z.detach()).square().sum()
-    return tuple(g.numpy() for g in torch.autograd.grad(loss / len(x), (W, codes)))
+def autograd_gradients(
+    W: np.ndarray,                   # [D, m]
+    codes: np.ndarray,               # [K, m]
+    x: np.ndarray,                   # a batch [B, D]
+    commitment: float = 0.25,        # β
+    codebook_weight: float = 1.0,    # α
+    estimate: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = straight_through,  # of (z, q)
+) -> tuple[np.ndarray, np.ndarray]:  # of W [D, m], of the codes [K, m]
+    "What `manual_gradients` gives, by PyTorch, for any estimator; arrays are not copied."
+    samples = torch.from_numpy(x)
+    encoder = torch.from_numpy(W).requires_grad_()
+    codebook = torch.from_numpy(codes).requires_grad_()
+    z = samples @ encoder
+    q = codebook[nearest_code(z, codebook)]
+    recon = (samples - estimate(z, q) @ encoder.T).square().sum()
+    commit = (z - q.detach()).square().sum()
+    loss = recon + commitment * commit + codebook_weight * (q - z.detach()).square().sum()
+    G_W, G_codes = torch.autograd.grad(loss / len(x), (encoder, codebook))
+    return G_W.numpy(), G_codes.numpy()
 
 # %% ../../nbs/6_studies/01_linear_lab.ipynb #00dbd29b
 def tangent(
     W: np.ndarray,  # [D, m], orthonormal columns
     G: np.ndarray,  # a gradient [D, m]
-) -> np.ndarray:        # [D, m]
+) -> np.ndarray:    # [D, m]
     "The part of a gradient along the Stiefel manifold: G less W times the symmetric part of WᵀG."
     S = W.T @ G
     return G - W @ (S + S.T) / 2
@@ -148,35 +190,45 @@ class Lab:
     seed: int = 0                  # start and batches
     every: int = 20                # steps between entries of the history
 
-def principal_axes(x, s): return np.linalg.eigh(x.T @ x)[1][:, -s.rank:]  # [D, m], the encoder of PCA
-def random_axes(x, s): return polar(np.random.default_rng(s.seed).normal(size=(x.shape[1], s.rank)))
+Steps = Iterator[tuple[np.ndarray, np.ndarray]]  # W [D, m] and codes [K, m] after each step
+
+# %% ../../nbs/6_studies/01_linear_lab.ipynb #5ad10fbd
+def principal_axes(x: np.ndarray, s: Lab) -> np.ndarray:
+    "The encoder of PCA, [D, m]."
+    return np.linalg.eigh(x.T @ x)[1][:, -s.rank:]
+
+def random_axes(x: np.ndarray, s: Lab) -> np.ndarray:
+    "A random encoder, [D, m]."
+    return polar(np.random.default_rng(s.seed).normal(size=(x.shape[1], s.rank)))
 
 STARTS = dict(random=random_axes, pca=principal_axes)
 
-# %% ../../nbs/6_studies/01_linear_lab.ipynb #5ad10fbd
-def begin(x: np.ndarray, K: int, s: Lab):
-    "Where every method starts, and what it sees: W [D, m], codes [K, m], and the batches [B, D] in their order."
-    W, rng = choose(s.start, STARTS, "start")(x, s), np.random.default_rng(s.seed)
+def begin(x: np.ndarray, K: int, s: Lab) -> tuple[np.ndarray, np.ndarray, Iterator[np.ndarray]]:
+    "Where every method starts, and what it sees: W [D, m], codes [K, m], and the batches [B, D]."
+    W = choose(s.start, STARTS, "start")(x, s)
     codes, _ = kmeans_plusplus(x @ W, K, random_state=s.seed)
-    return W, codes.copy(), (x[rng.integers(len(x), size=s.batch_size)] for _ in range(s.steps))
+    rng = np.random.default_rng(s.seed)
+    batches = (x[rng.integers(len(x), size=s.batch_size)] for _ in range(s.steps))
+    return W, codes.copy(), batches
 
 # %% ../../nbs/6_studies/01_linear_lab.ipynb #629fb5b6
-def pca_lloyd(x, K, s, starts=1):
+def pca_lloyd(x: np.ndarray, K: int, s: Lab, starts: int = 1) -> Steps:
     "The principal subspace, then Lloyd's algorithm: the classical answer."
     W = principal_axes(x, s)
     yield W, KMeans(K, n_init=starts, random_state=s.seed).fit(x @ W).cluster_centers_
 
-def descend(gradients, x, K, s):
+def descend(gradients: Callable, x: np.ndarray, K: int, s: Lab) -> Steps:
     "Gradient descent: along the manifold for W, plain for the codes."
     W, codes, batches = begin(x, K, s)
     for batch in batches:
         G_W, G_codes = gradients(W, codes, batch, s.commitment, s.codebook_weight)
-        W, codes = polar(W - s.lr_w * tangent(W, G_W)), codes - s.lr_e * G_codes
+        W = polar(W - s.lr_w * tangent(W, G_W))
+        codes = codes - s.lr_e * G_codes
         yield W, codes
 
 # %% ../../nbs/6_studies/01_linear_lab.ipynb #8284b572
-def running_means(make, x, K, s):
-    "A codebook of this project's that learns by itself; the encoder by straight-through."
+def running_means(make: Callable, x: np.ndarray, K: int, s: Lab) -> Steps:
+    "A codebook that learns by itself, made by make(K, s); the encoder by straight-through."
     W, codes, batches = begin(x, K, s)
     torch.manual_seed(s.seed)
     q = make(K, s).double()
@@ -186,211 +238,57 @@ def running_means(make, x, K, s):
         z = torch.from_numpy(batch @ W)
         q.anneal(step / s.steps)
         q.update(z, nearest_code(z, q.codebook))
-        W, codes = polar(W - s.lr_w * tangent(W, G_W)), q.codebook.numpy().copy()
+        W = polar(W - s.lr_w * tangent(W, G_W))
+        codes = q.codebook.numpy().copy()
         yield W, codes
 
-def annealed(marginal, K, s): return BAQuantizer(K, s.rank, beta=tuple(s.anneal), marginal=marginal, decay=s.decay)
+# %% ../../nbs/6_studies/01_linear_lab.ipynb #2b940575
+def vq_ema_codebook(K: int, s: Lab) -> VQEMAQuantizer:
+    return VQEMAQuantizer(K, s.rank, decay=s.decay)
 
-TRAINERS = dict(
-    lloyd_best=partial(pca_lloyd, starts=10), pca_lloyd=pca_lloyd, ste_autograd=partial(descend, autograd_gradients),
-    ste_manual=partial(descend, manual_gradients), rotation=partial(descend, partial(autograd_gradients, estimate=rotate)),
-    vq_ema=partial(running_means, lambda K, s: VQEMAQuantizer(K, s.rank, decay=s.decay)), ba_vq=partial(running_means, partial(annealed, "balanced")),
-    ba_vq_uniform=partial(running_means, partial(annealed, "uniform")), ba_vq_free=partial(running_means, partial(annealed, "free")))
+def ba_vq_codebook(marginal: str, K: int, s: Lab) -> BAQuantizer:
+    return BAQuantizer(K, s.rank, beta=tuple(s.anneal), marginal=marginal, decay=s.decay)
+
+TRAINERS: dict[str, Callable[[np.ndarray, int, Lab], Steps]] = dict(
+    lloyd_best=partial(pca_lloyd, starts=10),
+    pca_lloyd=pca_lloyd,
+    ste_autograd=partial(descend, autograd_gradients),
+    ste_manual=partial(descend, manual_gradients),
+    rotation=partial(descend, partial(autograd_gradients, estimate=rotate)),
+    vq_ema=partial(running_means, vq_ema_codebook),
+    ba_vq=partial(running_means, partial(ba_vq_codebook, "balanced")),
+    ba_vq_uniform=partial(running_means, partial(ba_vq_codebook, "uniform")),
+    ba_vq_free=partial(running_means, partial(ba_vq_codebook, "free")),
+)
 
 # %% ../../nbs/6_studies/01_linear_lab.ipynb #d8b3aed3
-def fit(
+def fit_linear(
     x: np.ndarray,               # samples [N, D], float64
     K: int = 32,                 # number of codes
     method: str = "ste_manual",  # one of `TRAINERS`
-    **settings,                  # fields of `Lab`
+    **settings: Any,             # fields of `Lab`
 ) -> LinearVQ:
     "Train an encoder and a codebook; the history is measured on the first 4096 samples."
-    for name in settings: choose(name, {f.name: 0 for f in fields(Lab)}, "setting")
+    for name in settings:
+        choose(name, {f.name: f for f in fields(Lab)}, "setting")
     s = Lab(**settings)
-    require(2 <= K <= len(x), f"K is {K}: give from 2 to as many codes as there are samples, {len(x)}")
-    require(1 <= s.rank <= x.shape[1], f"rank is {s.rank}: give from 1 to the dimension of the samples, {x.shape[1]}")
-    require(s.steps >= 1 and s.commitment >= 0, f"steps is {s.steps}, commitment {s.commitment}: give at least 1 step, and a commitment of 0 or more")
-    history, note = [], lambda W, codes, step: history.append(dict(step=step, **measure(LinearVQ(W, codes), x[:4096])))
+    _check_fit(x, K, s)
+    history = []
     for step, (W, codes) in enumerate(choose(method, TRAINERS, "method")(x, K, s), 1):
-        if step % s.every == 0: note(W, codes, step)
-    if step % s.every: note(W, codes, step)
+        if step % s.every == 0:
+            history.append(_history_entry(step, W, codes, x))
+    if step % s.every:
+        history.append(_history_entry(step, W, codes, x))
     return LinearVQ(W, codes, history)
 
-# %% ../../nbs/6_studies/01_linear_lab.ipynb #d1fc9680
-SPECTRA = ((1.0, 1.0, 1.0, 1.0), (1.0, 0.8, 0.6, 0.4), (2.0, 1.0, 0.5, 0.25))  # standard deviations of the signal
-SIZES, WEIGHTS, RATES = (8, 16, 32, 64), (0.0, 0.1, 0.25, 0.5, 1.0), (0.2, 0.4, 0.8, 1.6, 3.2)
+# %% ../../nbs/6_studies/01_linear_lab.ipynb #334a4b90
+def _check_fit(x: np.ndarray, K: int, s: Lab) -> None:
+    N, D = x.shape
+    require(2 <= K <= N, f"K is {K}: give from 2 to as many codes as there are samples, {N}")
+    require(1 <= s.rank <= D, f"rank is {s.rank}: give from 1 to the dimension of the samples, {D}")
+    can_train = s.steps >= 1 and s.commitment >= 0
+    fix = "give at least 1 step, and a commitment of 0 or more"
+    require(can_train, f"steps is {s.steps}, commitment {s.commitment}: {fix}")
 
-def study_jobs(
-    K: int = 32,               # codes, where a study does not vary them
-    steps: int = 300,          # of a training, where a study does not say otherwise
-    commitment: float = 0.25,  # where a study does not vary it
-) -> dict[str, list[dict]]:
-    "The jobs of each study."
-    def grid(**axes):
-        return [dict(K=K, steps=steps, commitment=commitment) | dict(zip(axes, v)) for v in itertools.product(*axes.values())]
-    starts, lloyd, both = ("random", "pca"), ("lloyd_best", "pca_lloyd"), ("ste_manual", "rotation")
-    return dict(
-        calibration=grid(method=("pca_lloyd",), K=SIZES, signal=SPECTRA, noise=(0.0,)),
-        verification=grid(method=("ste_autograd", "ste_manual"), steps=(200,)),
-        ranking=grid(method=lloyd) + grid(method=tuple(TRAINERS)[2:], start=starts),
-        convergence=grid(method=lloyd, steps=(500,)) + grid(method=(*both, "vq_ema", "ba_vq"), start=starts, steps=(500,))
-        + grid(method=("ste_manual",), start=starts, steps=(3000,), every=(200,)),
-        sizes=grid(method=("pca_lloyd",), K=SIZES) + grid(method=(*both, "vq_ema", "ba_vq"), K=SIZES, start=starts),
-        rates=grid(method=("pca_lloyd",), lr_e=(0.2,), decay=(0.99,)) + grid(method=("ste_manual",), lr_e=RATES, decay=(0.99,), start=starts)
-        + grid(method=("vq_ema", "ba_vq"), lr_e=(0.2,), decay=(0.99, 0.98, 0.95, 0.9), start=("random",)),
-        commitment=grid(method=both, commitment=WEIGHTS) + grid(method=("ste_manual",), commitment=WEIGHTS, steps=(4 * steps,)))
-
-# %% ../../nbs/6_studies/01_linear_lab.ipynb #51a00cf4
-TRAIN, TEST = 20_000, 50_000  # samples of a run
-
-@lru_cache(maxsize=4)
-def _samples(source, seed): return source.sample(TRAIN, 2 * seed), source.sample(TEST, 2 * seed + 1)
-
-def run_job(job: dict, source: LowRankSource, seed: int) -> dict:
-    "Fit and measure once: the job (method, K, settings, fields of the source that differ), its result on unseen samples, its curve."
-    own = {f.name: job[f.name] for f in fields(LowRankSource) if f.name in job}
-    x, test = _samples(replace(source, **own), seed)
-    q = fit(x, **{k: v for k, v in job.items() if k not in own}, seed=seed)
-    curve = dict(at=[h["step"] for h in q.history], curve=[round(h["mse"], 4) for h in q.history]) if job["steps"] >= 500 else {}
-    return dict(start="pca" if "lloyd" in job["method"] else Lab.start) | job | dict(seed=seed) | {k: round(v, 7) for k, v in measure(q, test).items()} | curve
-
-def run_seed(seed, jobs, source): return [run_job(job, source, seed) for job in jobs]
-
-# %% ../../nbs/6_studies/01_linear_lab.ipynb #7cfd1ed6
-def map_seeds(jobs: list[dict], seeds: int, source: LowRankSource, workers: int = 0) -> list[dict]:
-    "All jobs with so many seeds, a row each, in so many processes (0: one a core)."
-    require(seeds >= 1, f"seeds is {seeds}: give at least 1")
-    workers, task = min(seeds, workers or cores()), partial(run_seed, jobs=jobs, source=source)
-    if workers == 1: return sum(map(task, range(seeds)), [])
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _one_thread) as pool:
-        return sum(pool.map(task, range(seeds)), [])
-
-def _one_thread():
-    "NumPy's threads wait for each other by spinning: two processes of two threads each on two cores take several times as long."
-    from threadpoolctl import threadpool_limits
-    torch.set_num_threads(1); threadpool_limits(1)
-
-def record_study(folder, name, rows, source, **more):
-    "Write a study's rows, and what they were made on, as JSON."
-    return write_json(Path(folder) / f"{name}.json", dict(study=name, source=asdict(source), train=TRAIN, test=TEST, **more, **environment(), rows=rows))
-
-def load_study(folder: str | Path, name: str) -> pd.DataFrame:
-    "The runs of a recorded study, a row each."
-    return pd.DataFrame(read_json(Path(folder) / f"{name}.json")["rows"])
-
-# %% ../../nbs/6_studies/01_linear_lab.ipynb #16b3b611
-def by_seed(df: pd.DataFrame, column: str = "mse") -> pd.Series:
-    "One column of a method's runs, indexed by seed."
-    return df.set_index("seed")[column]
-
-def summary(df: pd.DataFrame, by: list[str], baseline: pd.DataFrame | None = None) -> pd.DataFrame:
-    "By columns: mean and half-width of error and entropy; difference to the baseline's runs, low and high, in percent of their error."
-    rows = {}
-    for key, g in df.groupby(by, sort=False):
-        key = key if len(by) > 1 else key[0]
-        (mse, half), (use, use_half) = mean_interval(g.mse), mean_interval(100 * g.entropy)
-        rows[key] = dict(n=len(g), mse=mse, half=half, entropy=use, entropy_half=use_half)
-        if baseline is not None:
-            d = paired_difference(by_seed(g), by_seed(baseline))
-            rows[key] |= {k: 100 * d[k] / baseline.mse.mean() for k in ("diff", "low", "high")}
-    return pd.DataFrame(rows).T.rename_axis(index=by)
-
-# %% ../../nbs/6_studies/01_linear_lab.ipynb #3ad03926
-LABELS = dict(lloyd_best="PCA + Lloyd, best of 10", pca_lloyd="PCA + Lloyd", ste_autograd="STE by autograd", ste_manual="STE by hand", rotation="rotation")
-_STYLES = dict(lloyd_best="bound", pca_lloyd="kmeans", ste_manual="vq", ste_autograd="vq")
-
-def look(method: str) -> tuple[str, str, str]:
-    "Label, colour and marker of a method."
-    from bavq.core.plots import method_style
-    style = method_style(_STYLES.get(method, method))
-    return LABELS.get(method, style.label), style.color, style.marker or "*"
-
-def figure_differences(
-    df: pd.DataFrame,   # of `load_study`
-    panels: list[str],  # what tells panels apart
-    rows: str,          # what tells rows apart; two starts share a row, the random one hollow
-    baseline: str,      # a query: the runs of a panel that the others are compared with
-):
-    "Difference in error to the baseline in percent: seeds as dots, mean and interval; returns the figure."
-    from bavq.core.plots import figure
-    parts = list(df.groupby(panels, sort=False))
-    names = list(df[rows].unique())
-    fig, axes = figure(1, len(parts), width=3.6 / len(parts) + 1.5, height=0.7 + 0.26 * len(names))
-    for ax, (panel, g) in zip(np.atleast_1d(axes), parts):
-        base = by_seed(g.query(baseline))
-        for (row, start), runs in g.groupby([rows, "start"], sort=False):
-            d, color = 100 * (by_seed(runs) - base) / base.mean(), look(runs.method.iloc[0])[1]
-            (mean, half), y, face = mean_interval(d), names.index(row) + (0.22 if start == "pca" else -0.22), color if start == "pca" else "white"
-            ax.plot(d, np.full(len(d), y), "o", color=color, markerfacecolor=face, markersize=2, markeredgewidth=0.5)
-            ax.errorbar(mean, y, xerr=half, fmt="|", color=color, capsize=2)
-        ax.axvline(0, color="0.3", linewidth=0.8); ax.invert_yaxis(); ax.set_xscale("symlog", linthresh=2, linscale=0.7)   # linear up to two percent
-        ticks = (-5, -2, -1, 0, 1, 2, 5, 10, 25, 50)
-        ax.set_xticks(ticks, ticks); ax.minorticks_off(); ax.autoscale(axis="x")   # to what is drawn, also later
-        ax.set_yticks(range(len(names)), [look(n)[0] if isinstance(n, str) else f"{rows} {n:g}" for n in names] if ax is np.atleast_1d(axes)[0] else [""] * len(names))
-        ax.set_title(", ".join(look(k)[0] if isinstance(k, str) else f"{name} = {k}" for name, k in zip(panels, panel)), fontsize="medium")
-    fig.supxlabel("difference in squared error to the baseline [%]", fontsize="medium")
-    return fig
-
-# %% ../../nbs/6_studies/01_linear_lab.ipynb #74b6f565
-def figure_convergence(df: pd.DataFrame):
-    "Of the study of that name: error above that of the best of ten Lloyd runs, in percent, over the steps, a panel for each start; returns the figure."
-    from bavq.core.plots import figure
-    fig, axes = figure(1, 2, width=3.1, height=2.6)
-    best = by_seed(df[df.method == "lloyd_best"], "curve").str[-1]
-    excess = lambda g: 100 * (np.stack(by_seed(g, "curve")) / best[g.seed].to_numpy()[:, None] - 1).mean(0)
-    for ax, start in zip(axes, ("random", "pca")):
-        for (method, steps), g in df[(df.start == start) & ~df.method.str.contains("lloyd")].groupby(["method", "steps"], sort=False):
-            label, color, marker = look(method)
-            short = steps == df.steps.min()
-            ax.loglog(g["at"].iloc[0], excess(g), "-" if short else ":", color=color, marker=marker, markevery=8, markersize=4, label=label if short else None)
-        ax.axhline(excess(df[df.method == "pca_lloyd"])[0], color=look("pca_lloyd")[1], linestyle="-.", label=look("pca_lloyd")[0])
-        ax.set(xlabel="steps", title=f"W starts {'at PCA' if start == 'pca' else 'at random'}")
-    axes[0].set_ylabel("error above the best\nof 10 Lloyd runs [%]"); fig.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncol=5, fontsize="small")
-    return fig
-
-# %% ../../nbs/6_studies/01_linear_lab.ipynb #8f273b17
-def _against_lloyd(df): return figure_differences(df, ["K"], "method", "method == 'pca_lloyd'")
-FIGURES = dict(ranking=_against_lloyd, sizes=_against_lloyd, convergence=figure_convergence,
-               commitment=partial(figure_differences, panels=["method", "steps"], rows="commitment", baseline="commitment == 0.25"))
-
-def draw(figure, df, path):
-    "Draw runs, save the figure as PNG, and close it."
-    from bavq.core.plots import plt
-    fig = figure(df)
-    atomic_write(path, lambda f: fig.savefig(f, format="png", dpi=120))
-    plt.close(fig)
-    return path
-
-# %% ../../nbs/6_studies/01_linear_lab.ipynb #17b6a0ed
-def lab_studies(
-    K: int = 32,               # codes, where a study does not vary them
-    steps: int = 300,          # of a training, where a study does not say otherwise
-    commitment: float = 0.25,  # where a study does not vary it
-    seeds: int = 10,           # how many
-    workers: int = 0,          # processes; 0: one a core
-    out: str = "experiments/linear_lab",      # folder for a JSON file each
-    figures: str = "experiments/linear_lab",  # folder for PNG files; empty: none
-) -> None:
-    "Run, record and draw all studies: some minutes, shared among the cores."
-    source = LowRankSource()
-    for name, jobs in study_jobs(K, steps, commitment).items():
-        print(f"{name}: {len(jobs)} fits × {seeds} seeds", flush=True)
-        began = time.perf_counter()
-        record_study(out, name, map_seeds(jobs, seeds, source, workers), source, seconds=round(time.perf_counter() - began, 1))
-        if figures and name in FIGURES: print(f"figure: {draw(FIGURES[name], load_study(out, name), Path(figures) / f'{name}.png')}")
-
-def lab_quick(
-    K: int = 32,               # codes
-    steps: int = 300,          # of a training
-    commitment: float = 0.25,  # its weight
-    seeds: int = 3,            # how many
-    out: str = "experiments/linear_lab",  # folder for quick.json and quick.png
-) -> pd.DataFrame:             # a line for each method
-    "All methods at one setting, from a random start: a table, a figure and the record, in half a minute."
-    source, jobs = LowRankSource(), [dict(method=m, K=K, steps=steps, commitment=commitment, start="random") for m in TRAINERS if m != "lloyd_best"]
-    record_study(out, "quick", map_seeds(jobs, seeds, source, 1), source)
-    df = load_study(out, "quick")
-    table = summary(df, ["method"], df[df.method == "pca_lloyd"]).round(3)
-    print(f"bound {distortion_bound(source.variances, np.log2(K)):.3f}; diff, low, high: against PCA + Lloyd, in percent\n{table.to_string()}")
-    print(f"figure: {draw(FIGURES['ranking'], df, Path(out) / 'quick.png')}")
-    return table
+def _history_entry(step: int, W: np.ndarray, codes: np.ndarray, x: np.ndarray) -> dict[str, float]:
+    return dict(step=step, **linear_scores(LinearVQ(W, codes), x[:4096]))

@@ -5,37 +5,74 @@
 # %% ../../nbs/1_theory/02_sources.ipynb #b40d3570
 from __future__ import annotations
 import torch
+from torch import Tensor
 from ..core.errors import as_numbers, require, typed
 
 # %% auto #0
 __all__ = ['gaussian_source', 'bernoulli_source', 'mixture_source']
 
-# %% ../../nbs/1_theory/02_sources.ipynb #70290a9a
-@typed
-def gaussian_source(n: int, cov_or_dim=1, seed: int = 0) -> torch.Tensor:
-    "Zero-mean Gaussian vectors [n, D]: of D unit variances, of D variances, or of a [D, D] covariance, singular or not; `bavq.theory.rate_distortion.gaussian_rd` is their R(D)."
-    cov = torch.eye(max(cov_or_dim, 0)) if isinstance(cov_or_dim, int) else as_numbers(cov_or_dim, "cov_or_dim").float()
-    if cov.ndim == 1: cov = cov.diag()
-    require(cov.ndim == 2 and len(cov) and torch.equal(cov, cov.T), f"the covariance is {list(cov.shape)}: give D at least 1, D variances or a symmetric [D, D], without NaN")
-    variances, axes = torch.linalg.eigh(cov)
-    require(variances.min() >= -1e-5 * variances.max(), f"the covariance has the eigenvalue {variances.min():.3g}: give one without negative ones")
-    return torch.randn(n, len(cov), generator=_generator(n, seed)) * variances.clamp_min(0).sqrt() @ axes.T
-
-def _generator(n, seed):
+# %% ../../nbs/1_theory/02_sources.ipynb #72d1a375
+def seeded_generator(
+    n: int,     # samples that are wanted
+    seed: int,
+) -> torch.Generator:
+    "The generator of a sample; a `BavqError` where it would be empty."
     require(n >= 1, f"n is {n}: draw at least 1 sample")
     return torch.Generator().manual_seed(seed)
 
+def _variances_and_axes(cov_or_dim):
+    if isinstance(cov_or_dim, int):
+        cov = torch.eye(max(cov_or_dim, 0))
+    else:
+        cov = as_numbers(cov_or_dim, "cov_or_dim").float()
+    if cov.ndim == 1:
+        cov = cov.diag()
+    wanted = "D at least 1, D variances or a symmetric [D, D], without NaN"
+    fits = cov.ndim == 2 and len(cov) > 0 and torch.equal(cov, cov.T)
+    require(fits, f"the covariance is {list(cov.shape)}: give {wanted}")
+    variances, axes = torch.linalg.eigh(cov)
+    lowest = variances.min()
+    cure = "give one without negative ones"
+    require(lowest >= -1e-5 * variances.max(), f"the covariance has the eigenvalue {lowest:.3g}: {cure}")
+    return variances, axes
+
+# %% ../../nbs/1_theory/02_sources.ipynb #70290a9a
+@typed
+def gaussian_source(
+    n: int,            # samples
+    cov_or_dim=1,      # D: unit variances; [D] variances; or a [D, D] covariance, singular or not
+    seed: int = 0,     # of the sample
+) -> Tensor:           # [n, D] float32
+    "Zero-mean Gaussian vectors; `bavq.theory.rate_distortion.gaussian_rd` is their R(D)."
+    variances, axes = _variances_and_axes(cov_or_dim)
+    z = torch.randn(n, len(variances), generator=seeded_generator(n, seed))
+    return z * variances.clamp_min(0).sqrt() @ axes.T
+
 # %% ../../nbs/1_theory/02_sources.ipynb #45012a93
 @typed
-def bernoulli_source(n: int, p: float = 0.5, seed: int = 0) -> torch.Tensor:
-    "Biased coin flips, [n, 1] zeros and ones; `bavq.theory.rate_distortion.bernoulli_rd` is their R(D) under Hamming distortion."
+def bernoulli_source(
+    n: int,           # flips
+    p: float = 0.5,   # chance of a one
+    seed: int = 0,    # of the sample
+) -> Tensor:          # [n, 1] zeros and ones, float32
+    "Biased coin flips; `bavq.theory.rate_distortion.bernoulli_rd` is their R(D) under Hamming distortion."
     require(0 <= p <= 1, f"p is {p}: give a probability")
-    return (torch.rand(n, 1, generator=_generator(n, seed)) < p).float()
+    return (torch.rand(n, 1, generator=seeded_generator(n, seed)) < p).float()
 
+# %% ../../nbs/1_theory/02_sources.ipynb #5db0b897
 @typed
-def mixture_source(n: int, num_components: int = 8, dim: int = 2, spread: float = 0.1, seed: int = 0) -> torch.Tensor:
-    "A mixture [n, dim] of equally likely Gaussians of standard deviation `spread`, whose means, whatever the seed, are spread evenly (Sobol points) over a cube of unit variance."
-    require(num_components >= 1 and dim >= 1, f"{num_components} components in {dim} dimensions: give at least 1 of each")
-    g = _generator(n, seed)
-    means = torch.quasirandom.SobolEngine(dim, scramble=True, seed=0).draw(num_components) * 12**0.5 - 3**0.5
-    return means[torch.randint(num_components, (n,), generator=g)] + spread * torch.randn(n, dim, generator=g)
+def mixture_source(
+    n: int,                   # samples
+    num_components: int = 8,  # Gaussians, equally likely
+    dim: int = 2,             # of the samples
+    spread: float = 0.1,      # standard deviation of each Gaussian
+    seed: int = 0,            # of the sample; the means are the same for every seed
+) -> Tensor:                  # [n, dim] float32
+    "A mixture of Gaussians whose means are spread evenly (Sobol points) over a cube of unit variance."
+    given = f"{num_components} components in {dim} dimensions"
+    require(num_components >= 1 and dim >= 1, f"{given}: give at least 1 of each")
+    generator = seeded_generator(n, seed)
+    sobol = torch.quasirandom.SobolEngine(dim, scramble=True, seed=0)
+    means = sobol.draw(num_components) * 12**0.5 - 3**0.5
+    chosen = torch.randint(num_components, (n,), generator=generator)
+    return means[chosen] + spread * torch.randn(n, dim, generator=generator)

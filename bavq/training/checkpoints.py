@@ -18,7 +18,8 @@ from ..core.storage import (Interrupted, atomic_write, checkpoints, newest_check
     read_json, read_weights, write_weights)
 from ..theory.metrics import LossMeter
 from .data import epoch_order
-from ..models.vqvae import VQVAE, build_model
+from ..models.vqvae import VQVAE
+from ..models.vqvae2 import build_model
 
 # %% auto #0
 __all__ = ['Training', 'save_checkpoint', 'restore', 'load_model']
@@ -188,8 +189,9 @@ def locate_error(
     loader = t.train_loader
     order = epoch_order(loader.num_images, loader.seed, t.epoch)
     images = ", ".join(str(i) for i in order[step * loader.batch_size:][:3].tolist())
-    last = checkpoints(folder)[-1:] or ["none yet"]
-    return BavqError(f"stopped in epoch {t.epoch + 1} (last checkpoint: {last[0]}), "
+    found = checkpoints(folder)
+    last = str(found[-1]) if found else "none yet"
+    return BavqError(f"stopped in epoch {t.epoch + 1} (last checkpoint: {last}), "
                      f"step {step + 1} of {len(loader)}, images {images}, … of those it trains on: {why}")
 
 # %% ../../nbs/4_training/02_checkpoints.ipynb #2e19adaf
@@ -205,6 +207,7 @@ def newest_weights(
         raise BavqError(f"{folder} holds no weights yet: resume the run first")
     return state["model_state_dict"]
 
+# %% ../../nbs/4_training/02_checkpoints.ipynb #15acf2cf
 def image_channels(
     state: dict[str, torch.Tensor],  # of a model
 ) -> int:

@@ -4,323 +4,905 @@
 
 # %% ../../nbs/4_training/01_data.ipynb #09b39fae
 from __future__ import annotations
-import hashlib, importlib.util, os, signal, socket, tempfile, warnings, zipfile
+import hashlib
+import importlib.util
+import inspect
+import multiprocessing
+import os
+import signal
+import socket
+import tempfile
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from functools import partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
-from filelock import FileLock
-from PIL import Image, ImageOps
-from torch.utils.data import DataLoader, Subset
-from torchvision import datasets
-from torchvision.transforms.v2 import functional as TF
-from ..core.errors import BavqError, require, typed, as_numbers
+from torch import Tensor
+from torch.nn.functional import pad
+from torch.utils.data import DataLoader, Dataset, Subset, default_collate
+from torch.utils.weak import WeakIdKeyDictionary
+from ..core.errors import BavqError, brief, needs, require, typed
 from ..core.storage import atomic_write
+from ..core.registry import Registry
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 # %% auto #0
-__all__ = ['MEMORY_LIMIT', 'DEVICE_LIMIT', 'PHOTOS', 'PHOTO_COUNTS', 'SIDES', 'HELD_OUT', 'TORCHVISION', 'ImageData', 'normalize',
-           'cache_dir', 'read_arrays', 'cached', 'photo_path', 'held_out_blocks', 'photo_boxes', 'build_photos',
-           'load_photos', 'load_torchvision', 'load_arrays', 'read_image', 'open_folder', 'load_folder', 'load_images',
+__all__ = ['DATASETS', 'ImageData', 'normalize', 'fingerprint', 'cache_dir', 'load_photos', 'read_image', 'load_images',
            'epoch_order', 'Batches', 'StreamedBatches', 'get_dataloaders']
 
 # %% ../../nbs/4_training/01_data.ipynb #603def5b
 class ImageData(NamedTuple):
     "Images of a data set in memory."
-    train: torch.Tensor          # [N, C, S, S] uint8
-    train_labels: torch.Tensor   # [N] int64, zeros where there are none
-    test: torch.Tensor           # [M, C, S, S] uint8
-    test_labels: torch.Tensor    # [M] int64
+    train: Tensor                # [N, C, S, S] uint8
+    train_labels: Tensor         # [N] int64, zeros where there are none
+    test: Tensor                 # [M, C, S, S] uint8
+    test_labels: Tensor          # [M] int64
     name: str                    # of the data set
     classes: tuple[str, ...]     # what the labels mean
 
 # %% ../../nbs/4_training/01_data.ipynb #deb273b8
-def normalize(images: torch.Tensor) -> torch.Tensor:
-    "What a network is given: float32 in [-1, 1] from uint8."
+def normalize(
+    images: Tensor,  # uint8, any shape
+) -> Tensor:         # float32 in [-1, 1], same shape
+    "What a network is given; a `BavqError` where the images are not uint8."
     require(images.dtype == torch.uint8, f"images are {images.dtype}: give uint8, 0 to 255")
     return images.float().div_(127.5).sub_(1)
 
+# %% ../../nbs/4_training/01_data.ipynb #5e4e544b
+def image_digests(
+    images: Tensor,  # [N, C, H, W] uint8
+) -> np.ndarray:     # [N, 2] unsigned 64-bit numbers
+    "The MD5 digest of each image's bytes, channels last, as two numbers that sort as the digest does."
+    digests = bytearray()
+    for part in images.split(4096):
+        for image in part.permute(0, 2, 3, 1).contiguous().numpy():
+            digests += hashlib.md5(image, usedforsecurity=False).digest()
+    return np.frombuffer(bytes(digests), ">u8").reshape(-1, 2)
+
+# %% ../../nbs/4_training/01_data.ipynb #981f0750
+def canonical_order(
+    digests: np.ndarray,  # [N, 2], of `image_digests`
+    labels: np.ndarray,   # [N] whole numbers
+) -> np.ndarray:          # [N] positions
+    "The order by digest; equal images stand in the order of their labels."
+    return np.lexsort((labels, digests[:, 1], digests[:, 0]))
+
+# %% ../../nbs/4_training/01_data.ipynb #2397473b
+def combine_digests(
+    shape: Sequence[int],        # C, H and W of the images
+    digests: list[np.ndarray],   # [N, 2] of the training images, [M, 2] of the test images
+    labels: list[np.ndarray],    # [N] and [M]
+) -> str:                        # 12 hexadecimal digits
+    "The fingerprint of a set whose images have these digests."
+    summary = hashlib.sha256(repr([list(shape), *map(len, labels)]).encode())
+    for part, part_labels in zip(digests, labels):
+        summary.update(np.ascontiguousarray(part, ">u8").tobytes())
+        summary.update(np.asarray(part_labels, "<i8").tobytes())
+    return summary.hexdigest()[:12]
+
+# %% ../../nbs/4_training/01_data.ipynb #7204d4c0
+class KnownFingerprint(NamedTuple):
+    "A fingerprint, and what else it was made of, beside the training images."
+    others: tuple[Tensor, ...]   # training labels, test images and test labels
+    versions: tuple[int, ...]    # of all four tensors: a write in place raises them
+    fingerprint: str
+
+_KNOWN = WeakIdKeyDictionary()   # training images: KnownFingerprint; an entry goes away with its tensor
+
+def _versions(data):
+    return tuple(0 if t.is_inference() else t._version for t in data[:4])
+
+def remember_fingerprint(data: ImageData, value: str) -> None:
+    "Remember the fingerprint of these very tensors."
+    _KNOWN[data.train] = KnownFingerprint(data[1:4], _versions(data), value)
+
+# %% ../../nbs/4_training/01_data.ipynb #ac6a3d28
+def fingerprint(
+    data: ImageData,  # any set
+) -> str:             # 12 hexadecimal digits
+    "A short SHA-256 over images and labels of train and test, in their order; remembered for these tensors."
+    known = _KNOWN.get(data.train)
+    if known is not None and known.versions == _versions(data):
+        if all(mine is theirs for mine, theirs in zip(data[1:4], known.others)):
+            return known.fingerprint
+    digests = [image_digests(data.train), image_digests(data.test)]
+    labels = [data.train_labels.numpy(), data.test_labels.numpy()]
+    value = combine_digests(data.train.shape[1:], digests, labels)
+    remember_fingerprint(data, value)
+    return value
+
+# %% ../../nbs/4_training/01_data.ipynb #a66433ef
+def with_digests(
+    arrays: dict[str, np.ndarray],  # train, test [N, C, H, W] uint8; train_labels, test_labels
+    canonical: bool = True,         # sort each part by digest; else keep the order
+) -> dict[str, np.ndarray]:
+    "The arrays, and the digests of both parts, in canonical order."
+    result: dict[str, np.ndarray] = {}
+    for part in ("train", "test"):
+        images, labels = arrays[part], arrays[f"{part}_labels"]
+        digests = image_digests(torch.from_numpy(images))
+        order = canonical_order(digests, labels) if canonical else np.arange(len(labels))
+        result |= {part: images[order], f"{part}_labels": labels[order], f"{part}_digests": digests[order]}
+    return result
+
+# %% ../../nbs/4_training/01_data.ipynb #a833ff12
+def as_image_data(
+    arrays: dict[str, np.ndarray],  # of `with_digests`
+    name: str,                      # of the set
+    classes: Sequence[str],         # what the labels mean
+) -> ImageData:
+    "The arrays as tensors; the fingerprint is remembered."
+    parts = [torch.from_numpy(arrays[k]) for k in ("train", "train_labels", "test", "test_labels")]
+    train, train_labels, test, test_labels = parts
+    data = ImageData(train, train_labels.long(), test, test_labels.long(), name, tuple(classes))
+    digests = [arrays["train_digests"], arrays["test_digests"]]
+    labels = [arrays["train_labels"], arrays["test_labels"]]
+    remember_fingerprint(data, combine_digests(train.shape[1:], digests, labels))
+    return data
+
 # %% ../../nbs/4_training/01_data.ipynb #ea792507
 def cache_dir() -> Path:
-    "Where built and downloaded sets are kept: `$BAVQ_CACHE`, or `bavq` in `$XDG_CACHE_HOME`, or `~/.cache/bavq`."
-    return Path(os.environ.get("BAVQ_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "bavq")).expanduser()
+    "Where built sets are kept: `$BAVQ_CACHE`, or `bavq` in `$XDG_CACHE_HOME`, or `~/.cache/bavq`."
+    chosen = os.environ.get("BAVQ_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "bavq")
+    return Path(chosen).expanduser()
 
-MEMORY_LIMIT, DEVICE_LIMIT = 4 * 2**30, 2**30   # bytes; larger: a folder is streamed; images stay in main memory
+# %% ../../nbs/4_training/01_data.ipynb #808dcd87
+MEMORY_LIMIT = 4 * 2**30   # bytes; a larger folder is streamed
+DEVICE_LIMIT = 2**30       # bytes; larger sets stay in main memory
 
-def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
-    "All arrays of an .npz file, or the one of an .npy file, checksums verified; a `BavqError` where it is not whole."
+def _unpacked_bytes(path):
+    if not zipfile.is_zipfile(path):
+        return 0
+    return sum(part.file_size for part in zipfile.ZipFile(path).infolist())
+
+def one_line(error: BaseException) -> str:
+    "What an error says, on one line of a hundred characters at most."
+    return " ".join(str(error).split())[:100].rstrip(".") or type(error).__name__
+
+# %% ../../nbs/4_training/01_data.ipynb #fd314bcd
+def read_arrays(
+    path: str | Path,  # .npy or .npz
+) -> dict[str, np.ndarray]:
+    "All arrays of an .npz file, or the one of an .npy file; a `BavqError` where a checksum is wrong."
     require(Path(path).is_file(), f"there is no file {path}: check the path")
     try:
         with open(path, "rb") as f:
-            if f.peek(2)[:2] not in (b"PK", b"\x93N"): raise ValueError("it is not a NumPy file")
-            if _unpacked(path) > max(MEMORY_LIMIT, 20 * os.path.getsize(path)): raise ValueError("it would fill the memory")
-            return {"images": a} if isinstance(a := np.load(f, allow_pickle=False), np.ndarray) else dict(a)
+            if f.peek(2)[:2] not in (b"PK", b"\x93N"):
+                raise ValueError("it is not a NumPy file")
+            if _unpacked_bytes(path) > max(MEMORY_LIMIT, 20 * os.path.getsize(path)):
+                raise ValueError("it would fill the memory")
+            stored = np.load(f, allow_pickle=False)
+            return {"images": stored} if isinstance(stored, np.ndarray) else dict(stored)
     except Exception as e:   # NumPy, zipfile and zlib raise many kinds
-        raise BavqError(f"{path} cannot be read ({_line(e)}): save it again with numpy.savez or numpy.save") from None
-
-def _unpacked(path): return sum(part.file_size for part in zipfile.ZipFile(path).infolist()) if zipfile.is_zipfile(path) else 0
-def _line(e): return " ".join(str(e).split())[:100].rstrip(".") or type(e).__name__
+        cure = "save it again with numpy.savez or numpy.save"
+        raise BavqError(f"{path} cannot be read ({one_line(e)}): {cure}") from None
 
 # %% ../../nbs/4_training/01_data.ipynb #de8dc659
-def cached(name: str, recipe, build) -> dict[str, np.ndarray]:
-    "The arrays of `build()`, from the cache file of this name and this recipe (its repr is hashed) where it is whole."
-    path, arrays = cache_dir() / f"{name}-{hashlib.sha256(repr(recipe).encode()).hexdigest()[:12]}.npz", None
-    with suppress(BavqError): return read_arrays(path)   # files are whole or absent: reading needs no lock
+def cached(
+    name: str,      # beginning of the file's name
+    recipe: Any,    # what the arrays depend on; its repr is hashed
+    build: Callable[[], dict[str, np.ndarray]],  # makes them
+) -> dict[str, np.ndarray]:
+    "The arrays of `build()`, from the cache file of this name and this recipe where it is whole."
+    path = cache_dir() / f"{name}-{hashlib.sha256(repr(recipe).encode()).hexdigest()[:12]}.npz"
+    with suppress(BavqError):
+        return read_arrays(path)
+    lock_file, arrays = needs("filelock", "train").FileLock, None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{path}.lock"):
-            with suppress(BavqError): return read_arrays(path)   # which another process has built meanwhile
+        with lock_file(f"{path}.lock"):
+            with suppress(BavqError):
+                return read_arrays(path)   # which another process has built meanwhile
             arrays = build()
-            atomic_write(path, lambda f: np.savez(f, **arrays))
-    except OSError as e: warnings.warn(f"nothing is cached in {path.parent} ({_line(e)}): set BAVQ_CACHE to a folder that can be written")
-    return arrays or build()
+            write_arrays(path, arrays)
+    except OSError as e:
+        problem = f"nothing is cached in {path.parent} ({one_line(e)})"
+        warnings.warn(f"{problem}: set BAVQ_CACHE to a folder that can be written")
+    return build() if arrays is None else arrays
+
+def write_arrays(path: Path, arrays: dict[str, Any]) -> None:
+    "An .npz file that is there whole or not at all."
+    atomic_write(path, lambda f: np.savez(f, **arrays))
+
+# %% ../../nbs/4_training/01_data.ipynb #cc625bb4
+DATASETS = Registry("data set", "bavq.datasets")   # name: a function that returns an ImageData
 
 # %% ../../nbs/4_training/01_data.ipynb #980b9819
 PHOTOS = {   # name: package and file, licence, who is to be named, where it was published
-    "astronaut": ("skimage/data/astronaut.png", "public domain", "NASA (Eileen Collins)", "https://flic.kr/p/r9qvLn"),
+    "astronaut": (
+        "skimage/data/astronaut.png", "public domain", "NASA (Eileen Collins)", "https://flic.kr/p/r9qvLn"),
     "chelsea": ("skimage/data/chelsea.png", "CC0", "Stéfan van der Walt", "scikit-image"),
-    "china": ("sklearn/datasets/images/china.jpg", "CC BY 2.0", "danielbuechele", "https://www.flickr.com/photos/danielbuechele/6061409035"),
+    "china": (
+        "sklearn/datasets/images/china.jpg", "CC BY 2.0", "danielbuechele",
+        "https://www.flickr.com/photos/danielbuechele/6061409035"),
     "coffee": ("skimage/data/coffee.png", "CC0", "Rachel Michetti, Pikolo Espresso Bar", "scikit-image"),
-    "flower": ("sklearn/datasets/images/flower.jpg", "CC BY 2.0", "vultilion", "https://www.flickr.com/photos/vultilion/6056698931"),
-    "rocket": ("skimage/data/rocket.jpg", "public domain", "SpaceX", "https://www.flickr.com/photos/spacexphotos/16511594820"),
+    "flower": (
+        "sklearn/datasets/images/flower.jpg", "CC BY 2.0", "vultilion",
+        "https://www.flickr.com/photos/vultilion/6056698931"),
+    "rocket": (
+        "skimage/data/rocket.jpg", "public domain", "SpaceX",
+        "https://www.flickr.com/photos/spacexphotos/16511594820"),
 }
 
-def photo_path(name: str) -> Path:
-    "The file of a photograph of `PHOTOS`, found without importing its package."
+# %% ../../nbs/4_training/01_data.ipynb #6a5400d4
+def photo_path(
+    name: str,  # in `PHOTOS`
+) -> Path:
+    "The file of a photograph, found without importing its package."
     package, _, file = PHOTOS[name][0].partition("/")
     spec = importlib.util.find_spec(package)
-    path = Path(spec.submodule_search_locations[0] if spec else package, file)
-    require(path.is_file(), f"the photograph {name} is not at {path}: reinstall scikit-image and scikit-learn")
+    folders = spec.submodule_search_locations if spec else None
+    path = Path(folders[0] if folders else package, file)
+    require(path.is_file(), f"the photograph {name} is not at {path}: pip install scikit-image scikit-learn")
     return path
 
 # %% ../../nbs/4_training/01_data.ipynb #e8c0a42b
 PHOTO_COUNTS = 20_000, 2_000         # training and test crops
 SIDES = 32, 48, 64, 96               # of a crop, in pixels of the photograph
 HELD_OUT = (0, 1), (1, 2), (2, 0)    # blocks of the test set: row of 3, column of 4
+Box = tuple[int, int, int, int]      # left, top, right, bottom
 
-def held_out_blocks(width: int, height: int) -> list[tuple[int, int, int, int]]:
-    "The parts of a photograph that belong to the test set: left, top, right, bottom of each."
-    return [(width * c // 4, height * r // 3, width * (c + 1) // 4, height * (r + 1) // 3) for r, c in HELD_OUT]
+def held_out_blocks(
+    width: int,   # of a photograph, in pixels
+    height: int,
+) -> list[Box]:
+    "The parts of a photograph that belong to the test set."
+    return [
+        (width * c // 4, height * r // 3, width * (c + 1) // 4, height * (r + 1) // 3) for r, c in HELD_OUT
+    ]
 
-def photo_boxes(sizes: list[tuple[int, int]], n: int, test: bool):
-    "Yields (photograph, box) of `n` crops of the photographs of these sizes, in turn."
-    rng = np.random.RandomState(int(test))   # its stream is frozen for good
+def _overlap(a, b):
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+
+# %% ../../nbs/4_training/01_data.ipynb #30865c37
+def photo_boxes(
+    sizes: list[tuple[int, int]],  # width and height of each photograph
+    n: int,                        # crops
+    test: bool,                    # of the test set
+) -> Iterator[tuple[int, Box]]:
+    "Yields (photograph, box) of `n` crops, one photograph after the other."
+    rng = np.random.RandomState(int(test))
     for i in range(n):
-        (w, h), side = sizes[i % len(sizes)], SIDES[rng.randint(len(SIDES))]
-        held = held_out_blocks(w, h)
-        left, top, right, bottom = held[rng.randint(len(held))] if test else (0, 0, w, h)
+        width, height = sizes[i % len(sizes)]
+        side = SIDES[rng.randint(len(SIDES))]
+        held = held_out_blocks(width, height)
+        left, top, right, bottom = held[rng.randint(len(held))] if test else (0, 0, width, height)
         while True:
-            x, y = left + rng.randint(right - left - side + 1), top + rng.randint(bottom - top - side + 1)
-            if test or not any(x < r and l < x + side and y < b and t < y + side for l, t, r, b in held): break
-        yield i % len(sizes), (x, y, x + side, y + side)
+            x = left + rng.randint(right - left - side + 1)
+            y = top + rng.randint(bottom - top - side + 1)
+            box = (x, y, x + side, y + side)
+            if test or not any(_overlap(box, block) for block in held):
+                break
+        yield i % len(sizes), box
 
 # %% ../../nbs/4_training/01_data.ipynb #60423d57
 def build_photos() -> dict[str, np.ndarray]:
     "The crops of `photos`, half of the training ones mirrored: the same bytes each time."
-    images, arrays = [Image.open(photo_path(name)).convert("RGB") for name in PHOTOS], {}
+    Image = needs("PIL.Image", "train")
+    images = [Image.open(photo_path(name)).convert("RGB") for name in PHOTOS]
+    sizes, arrays = [im.size for im in images], {}
     for split, n in zip(("train", "test"), PHOTO_COUNTS):
-        boxes = photo_boxes([im.size for im in images], n, split == "test")
-        crops = np.stack([np.asarray(images[k].crop(box).resize((32, 32), Image.Resampling.BICUBIC)) for k, box in boxes])
-        mirrored = np.arange(n) // len(images) % 2 == 1
-        if split == "train": crops[mirrored] = crops[mirrored, :, ::-1]
-        arrays |= {split: np.ascontiguousarray(crops.transpose(0, 3, 1, 2)), f"{split}_labels": np.arange(n) % len(images)}
+        pieces = (images[k].crop(box) for k, box in photo_boxes(sizes, n, split == "test"))
+        crops = np.stack([np.asarray(p.resize((32, 32), Image.Resampling.BICUBIC)) for p in pieces])
+        if split == "train":
+            mirrored = np.arange(n) // len(images) % 2 == 1
+            crops[mirrored] = crops[mirrored, :, ::-1]
+        arrays[split] = np.ascontiguousarray(crops.transpose(0, 3, 1, 2))
+        arrays[f"{split}_labels"] = np.arange(n) % len(images)
     return arrays
 
+# %% ../../nbs/4_training/01_data.ipynb #277d0700
+@DATASETS.register("photos")
 def load_photos() -> ImageData:
-    "The default data set, built when first used."
-    recipe = "1", SIDES, HELD_OUT, PHOTO_COUNTS, [hashlib.sha256(photo_path(name).read_bytes()).hexdigest() for name in PHOTOS]
-    return _image_data(cached("photos", recipe, build_photos), "photos", PHOTOS)
-
-def _image_data(a, name, classes):
-    t = {k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in a.items()}
-    return ImageData(t["train"], t["train_labels"].long(), t["test"], t["test_labels"].long(), name, tuple(classes))
+    "The default data set, 20,000 and 2,000 crops of six photographs [3, 32, 32], built when first used."
+    files = [hashlib.sha256(photo_path(name).read_bytes()).hexdigest() for name in PHOTOS]
+    recipe = "2", SIDES, HELD_OUT, PHOTO_COUNTS, files
+    arrays = cached("photos", recipe, lambda: with_digests(build_photos(), canonical=False))
+    return as_image_data(arrays, "photos", list(PHOTOS))
 
 # %% ../../nbs/4_training/01_data.ipynb #f1c025be
-TORCHVISION = {"cifar10": datasets.CIFAR10, "mnist": datasets.MNIST, "fashion_mnist": datasets.FashionMNIST}
+TORCHVISION = {"cifar10": "CIFAR10", "mnist": "MNIST", "fashion_mnist": "FashionMNIST"}
 
-def load_torchvision(name: str, root: str = "") -> ImageData:
-    "A data set of torchvision, read under `root` (empty: the cache) or downloaded there; grey images are padded from 28 to 32."
-    kind, root = TORCHVISION[name], Path(root or cache_dir()).expanduser()
+def load_torchvision(
+    name: str,               # in `TORCHVISION`
+    root: str | Path = "",   # where its files lie or go; empty: the cache
+) -> ImageData:
+    "A data set of torchvision, read or downloaded, in canonical order; grey images are padded to 32 by 32."
+    kind = getattr(needs("torchvision.datasets", "train"), TORCHVISION[name])
+    root = Path(root or cache_dir()).expanduser()
     folder = root / getattr(kind, "base_folder", kind.__name__)
-    if not folder.exists(): _download(kind, root, folder, name)
-    try: train, test = kind(root, train=True), kind(root, train=False)
-    except Exception as e:   # a damaged file can raise anything
-        raise BavqError(f"{name} in {folder} is incomplete or damaged ({_line(e)}): remove that folder and try again") from None
-    x, y = ([torch.as_tensor(getattr(d, k)) for d in (train, test)] for k in ("data", "targets"))
-    x = [TF.pad(v[:, None], [2]) if v.ndim == 3 else v.permute(0, 3, 1, 2).contiguous() for v in x]
-    return ImageData(x[0], y[0], x[1], y[1], name, tuple(train.classes))
-
-def _download(kind, root, folder, name):
-    before, lock, new = socket.getdefaulttimeout(), root / f".{name}.lock", not root.exists()
+    if not folder.exists():
+        _download(kind, root, folder, name)
     try:
-        root.mkdir(parents=True, exist_ok=True); socket.setdefaulttimeout(10)
-        with FileLock(lock), tempfile.TemporaryDirectory(dir=root) as tmp:
-            if folder.exists(): return   # another process was quicker
+        train, test = kind(root, train=True), kind(root, train=False)
+    except Exception as e:   # a damaged file can raise anything
+        problem = f"{name} in {folder} is incomplete or damaged ({one_line(e)})"
+        raise BavqError(f"{problem}: remove that folder and try again") from None
+    arrays = {}
+    for part, dataset in (("train", train), ("test", test)):
+        arrays[part] = _padded_channels_first(torch.as_tensor(dataset.data)).numpy()
+        arrays[f"{part}_labels"] = np.asarray(dataset.targets)
+    return as_image_data(with_digests(arrays), name, train.classes)
+
+def _padded_channels_first(images):
+    grey = images.ndim == 3
+    return pad(images[:, None], [2] * 4) if grey else images.permute(0, 3, 1, 2).contiguous()
+
+# %% ../../nbs/4_training/01_data.ipynb #2b351390
+def _download(kind, root, folder, name):
+    time_limit, lock, is_new = socket.getdefaulttimeout(), root / f".{name}.lock", not root.exists()
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        socket.setdefaulttimeout(10)
+        with needs("filelock", "train").FileLock(lock), tempfile.TemporaryDirectory(dir=root) as tmp:
+            if folder.exists():
+                return   # another process was quicker
             kind(tmp, download=True)
             (Path(tmp) / folder.name).replace(folder)
     except Exception as e:
-        raise BavqError(f"{name} is not under {root} and cannot be downloaded ({_line(e)}): copy torchvision's files there, give another root, or use photos, which needs no network") from None
+        problem = f"{name} is not under {root} and cannot be downloaded ({one_line(e)})"
+        cure = "copy torchvision's files there, give another root, or use photos, which needs no network"
+        raise BavqError(f"{problem}: {cure}") from None
     finally:
-        socket.setdefaulttimeout(before)
-        with suppress(OSError): lock.unlink(); new and root.rmdir()   # a folder goes only where it is empty
+        socket.setdefaulttimeout(time_limit)
+        with suppress(OSError):
+            lock.unlink()
+            if is_new:
+                root.rmdir()   # succeeds only where it is empty
+
+# %% ../../nbs/4_training/01_data.ipynb #63d4cf56
+@DATASETS.register("cifar10")
+def load_cifar10(root: str | Path = "") -> ImageData:
+    "CIFAR-10: 50,000 and 10,000 colour images of ten classes, [3, 32, 32]."
+    return load_torchvision("cifar10", root)
+
+@DATASETS.register("mnist")
+def load_mnist(root: str | Path = "") -> ImageData:
+    "MNIST: 60,000 and 10,000 handwritten digits, [1, 32, 32]."
+    return load_torchvision("mnist", root)
+
+@DATASETS.register("fashion_mnist")
+def load_fashion_mnist(root: str | Path = "") -> ImageData:
+    "Fashion-MNIST: 60,000 and 10,000 pieces of clothing, [1, 32, 32]."
+    return load_torchvision("fashion_mnist", root)
+
+# %% ../../nbs/4_training/01_data.ipynb #0a4d73ef
+def every_tenth(
+    digests: np.ndarray,  # [N, 2]
+    labels: np.ndarray,   # [N]
+) -> np.ndarray:          # [N] bool
+    "Which images of a set without a test part are for testing: every tenth, by class and digest."
+    by_class = np.lexsort((digests[:, 1], digests[:, 0], labels))
+    is_test = np.zeros(len(labels), bool)
+    is_test[by_class[9::10]] = True
+    return is_test
+
+# %% ../../nbs/4_training/01_data.ipynb #e1d415ee
+def _channels_second(images, what):
+    is_image_like = images.dtype == np.uint8 and images.ndim in (3, 4) and images.size > 0
+    layouts = "uint8 images [N, H, W], [N, H, W, C] or [N, C, H, W]"
+    require(is_image_like, f"{what} is {images.dtype} {list(images.shape)}: give {layouts}")
+    if images.ndim == 3:
+        return images[:, None]
+    if images.shape[1] in (1, 3):
+        return images
+    shape = list(images.shape[1:])
+    require(shape[2] in (1, 3), f"{what} has images of {shape}: give 1 or 3 channels, first or last")
+    return np.ascontiguousarray(images.transpose(0, 3, 1, 2))
+
+def _whole_labels(labels, n, what):
+    fits = labels.shape == (n,) and labels.dtype.kind in "iu" and labels.min() >= 0 and labels.max() < 10**6
+    wanted = f"{n} whole numbers from 0, below a million"
+    require(fits, f"{what} are {labels.dtype} {list(labels.shape)}: give {wanted}")
+    return labels.astype(np.int64)
+
+# %% ../../nbs/4_training/01_data.ipynb #f17454e5
+def _split_one_array(arrays, path):
+    labels = arrays.pop("labels", arrays.pop("y", None))
+    images = next(iter(arrays.values()), np.zeros(0))
+    n = len(images) if images.ndim else 0
+    usable = len(arrays) == 1 and n >= 10 and (labels is None or labels.shape[:1] == (n,))
+    wanted = "neither two arrays train and test, nor one of 10 images or more with as many labels or none"
+    require(usable, f"{path} is {wanted}: save it so")
+    images = _channels_second(images, f"the array in {path}")
+    labels = np.zeros(n, np.int64) if labels is None else _whole_labels(labels, n, f"labels in {path}")
+    is_test = every_tenth(image_digests(torch.from_numpy(images)), labels)
+    parts = {"train": ~is_test, "test": is_test}
+    return {k: images[v] for k, v in parts.items()} | {f"{k}_labels": labels[v] for k, v in parts.items()}
 
 # %% ../../nbs/4_training/01_data.ipynb #7bf6d445
-def load_arrays(path: str) -> ImageData:
-    "Images from an .npy or .npz file: keys train, test (train_labels, test_labels), or x_train, …, or one array (and labels)."
-    a = read_arrays(path)
-    keys = dict(train="x_train", test="x_test", train_labels="y_train", test_labels="y_test")
-    a = {k: a.get(k, a.get(v)) for k, v in keys.items() if k in a or v in a} or _split(a)
-    require({"train", "test"} <= a.keys(), f"{path} is neither two arrays train and test, nor one of 10 images or more with as many labels or none: save it so")
-    for k in ("train", "test"):
-        a[k] = _channels_second(a[k], f"{k} in {path}")
-        y = a.setdefault(f"{k}_labels", np.zeros(len(a[k]), int))
-        require(y.shape == a[k].shape[:1] and y.dtype.kind in "iu" and 0 <= y.min() and y.max() < 10**6, f"{k}_labels in {path} are {y.dtype} {list(y.shape)}: give {len(a[k])} whole numbers from 0, below a million")
-        a[f"{k}_labels"] = y.astype(np.int64)
-    require(a["train"].shape[1:] == a["test"].shape[1:], f"{path}: training images are {list(a['train'].shape[1:])}, test images {list(a['test'].shape[1:])}: give one shape")
-    return _image_data(a, Path(path).stem, map(str, range(1 + max(a["train_labels"].max(), a["test_labels"].max()))))
-
-def _split(a):
-    labels, images = a.pop("labels", a.pop("y", None)), list(a.values())
-    if len(images) != 1 or images[0].ndim == 0 or len(images[0]) < 10 or labels is not None and labels.shape[:1] != images[0].shape[:1]: return {}
-    parts = {"": images[0]} | ({} if labels is None else {"_labels": labels})
-    tenth = np.arange(len(images[0])) % 10 == 9
-    return {f"train{k}": v[~tenth] for k, v in parts.items()} | {f"test{k}": v[tenth] for k, v in parts.items()}
-
-def _channels_second(x, what):
-    require(x.dtype == np.uint8 and x.ndim in (3, 4) and x.size, f"{what} is {x.dtype} {list(x.shape)}: give uint8 images [N, H, W], [N, H, W, C] or [N, C, H, W]")
-    if x.ndim == 3: return x[:, None]
-    require(x.shape[1] in (1, 3) or x.shape[3] in (1, 3), f"{what} has images of {list(x.shape[1:])}: give 1 or 3 channels, first or last")
-    return x if x.shape[1] in (1, 3) else x.transpose(0, 3, 1, 2)
+def load_arrays(
+    path: str | Path,  # .npy or .npz
+) -> ImageData:
+    "Images from a file: train, test (train_labels, test_labels), or x_train, …, or one array (and labels)."
+    stored = read_arrays(path)
+    arrays: dict[str, np.ndarray] = {}
+    names = dict(train="x_train", test="x_test", train_labels="y_train", test_labels="y_test")
+    for name, other in names.items():
+        if name in stored or other in stored:
+            arrays[name] = stored[name if name in stored else other]
+    if not {"train", "test"} <= arrays.keys():
+        arrays = _split_one_array(stored, path)
+    for part in ("train", "test"):
+        images = arrays[part] = _channels_second(arrays[part], f"{part} in {path}")
+        labels = arrays.get(f"{part}_labels", np.zeros(len(images), int))
+        arrays[f"{part}_labels"] = _whole_labels(labels, len(images), f"{part}_labels in {path}")
+    shapes = [list(arrays[part].shape[1:]) for part in ("train", "test")]
+    differ = f"{path}: training images are {shapes[0]}, test images {shapes[1]}"
+    require(shapes[0] == shapes[1], f"{differ}: give one shape")
+    largest = max(arrays["train_labels"].max(), arrays["test_labels"].max())
+    return as_image_data(with_digests(arrays), Path(path).stem, [str(k) for k in range(1 + largest)])
 
 # %% ../../nbs/4_training/01_data.ipynb #f6d4c79a
-def read_image(path: str, size: int = 0) -> Image.Image:
-    "A picture file as upright 8-bit RGB, shrunk and cropped to a square of side `size` (0: as it is)."
+def read_image(
+    path: str | Path,  # a picture file
+    size: int = 0,     # side of the square it is shrunk and cropped to, in pixels; 0: as it is
+) -> Image.Image:
+    "A picture file as upright 8-bit RGB; a `BavqError` where it cannot be decoded."
+    Image, ImageOps = needs("PIL.Image", "train"), needs("PIL.ImageOps", "train")
     try:
         with Image.open(path) as im:
-            if im.mode[0] in "IF": raise ValueError("it has more than 8 bits a channel")
-            if im.width * im.height > (Image.MAX_IMAGE_PIXELS or float("inf")): raise ValueError(f"it has {im.width} by {im.height} pixels")
+            if im.mode[0] in "IF":
+                raise ValueError("it has more than 8 bits a channel")
+            if im.width * im.height > (Image.MAX_IMAGE_PIXELS or float("inf")):
+                raise ValueError(f"it has {im.width} by {im.height} pixels")
             im = ImageOps.exif_transpose(im).convert("RGB")
     except Exception as e:   # each decoder has errors of its own
-        raise BavqError(f"the image {path} cannot be read ({_line(e)}): replace or remove it") from None
-    return im if im.size == (size or im.width, size or im.height) else ImageOps.fit(im, (size, size), Image.Resampling.BICUBIC)
+        raise BavqError(f"the image {path} cannot be read ({one_line(e)}): replace or remove it") from None
+    if size == 0 or im.size == (size, size):
+        return im
+    return ImageOps.fit(im, (size, size), Image.Resampling.BICUBIC)
 
-def open_folder(path: str, size: int = 0) -> tuple[datasets.ImageFolder, datasets.ImageFolder, int]:
-    "Training and test set of a folder, decoded when asked for, and the side of the images (0: their own if all agree, else 32)."
+# %% ../../nbs/4_training/01_data.ipynb #f78a9b40
+def read_tensor(
+    path: str | Path,  # a picture file
+    size: int,         # side, in pixels
+) -> Tensor:           # [3, size, size] uint8
+    "A picture file as a network's input before normalisation."
+    return torch.from_numpy(np.array(read_image(path, size))).permute(2, 0, 1).contiguous()
+
+# %% ../../nbs/4_training/01_data.ipynb #aa68d71f
+SUFFIXES = ".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"
+LAYOUT = "sort the images into train/<class>/ and test/<class>/"
+
+class FolderFiles(NamedTuple):
+    "The picture files of a folder."
+    files: list[str]             # paths
+    labels: np.ndarray           # [N] int64, number of each file's class
+    is_test: np.ndarray | None   # [N] bool; None: the folder does not say
+    classes: tuple[str, ...]     # their names, in alphabetical order
+
+def _picture_files(folder, recursive=True):
+    found = []
+    for place, folders, names in os.walk(folder, followlinks=True):
+        found += [os.path.join(place, name) for name in names if name.lower().endswith(SUFFIXES)]
+        if not recursive:
+            break
+    return sorted(found)
+
+# %% ../../nbs/4_training/01_data.ipynb #b9284717
+def _files_by_class(folder):
+    classes = sorted(d.name for d in folder.iterdir() if d.is_dir() and d.name[0] != ".")
+    if not classes:
+        files = {"0": _picture_files(folder)}
+        require(bool(files["0"]), f"there is no image in {folder}: {LAYOUT}")
+        return files
+    files = {name: _picture_files(folder / name) for name in classes}
+    for name in classes:
+        wanted = f"put images ({', '.join(SUFFIXES[:3])}, …) into it, or remove it"
+        require(bool(files[name]), f"the class folder {folder / name} holds no image: {wanted}")
+    return files
+
+# %% ../../nbs/4_training/01_data.ipynb #1415e738
+def list_folder(
+    path: str | Path,  # with train/ and test/, or with images
+) -> FolderFiles:
+    "The picture files of a data set; a `BavqError` says what its layout lacks."
     root = Path(path).expanduser()
-    parts = root / "train", root / ("test" if (root / "test").is_dir() or not (root / "val").is_dir() else "val")
-    for d in parts: require(d.is_dir(), f"there is no folder {d}: sort the images into train/<class>/ and test/<class>/")
-    try: train, test = sets = [datasets.ImageFolder(d) for d in parts]
-    except FileNotFoundError as e: raise BavqError(f"{_line(e)}: sort the images of {root} into train/<class>/ and test/<class>/") from None
-    require(train.classes == test.classes, f"{parts[0]} and {parts[1]} hold different classes: give both the same subfolders")
-    files = [f for f, _ in train.samples + test.samples]
-    sides = set() if size else {read_image(f).size for f in files[::max(1, len(files) // 64)]}   # of some files, evenly chosen
-    w, h = sides.pop() if len(sides) == 1 else (32, 32)
-    size = size or (w if w == h and w % 4 == 0 else 32)
-    for s in sets: s.loader, s.transform = partial(read_image, size=size), TF.pil_to_tensor
-    return train, test, size
+    train = root / "train"
+    test = root / ("val" if (root / "val").is_dir() and not (root / "test").is_dir() else "test")
+    if not train.exists() and not test.exists():
+        if flat := _picture_files(root, recursive=False):
+            require(len(flat) >= 10, f"{root} holds {len(flat)} images: give 10 or more, or {LAYOUT}")
+            return FolderFiles(flat, np.zeros(len(flat), np.int64), None, ("0",))
+    for folder in (train, test):
+        require(folder.is_dir(), f"there is no folder {folder}: {LAYOUT}, or all into {root} itself")
+    parts = [_files_by_class(folder) for folder in (train, test)]
+    same = list(parts[0]) == list(parts[1])
+    require(same, f"{train} and {test} hold different classes: give both the same subfolders")
+    files, labels, is_test = [], [], []
+    for part in (0, 1):
+        for k, names in enumerate(parts[part].values()):
+            files += names
+            labels += [k] * len(names)
+            is_test += [bool(part)] * len(names)
+    return FolderFiles(files, np.array(labels), np.array(is_test), tuple(parts[0]))
+
+# %% ../../nbs/4_training/01_data.ipynb #16827488
+def choose_side(
+    files: Sequence[str],  # pictures
+    size: int = 0,         # wanted side; 0: choose
+) -> int:
+    "The side of a folder's images, in pixels: their own if they are squares of one such size, or 32."
+    if size:
+        return size
+    some = files[:: max(1, len(files) // 64)]   # evenly chosen
+    sides = {read_image(f).size for f in some}
+    width, height = sides.pop()
+    own = not sides and width == height and width % 4 == 0
+    return width if own else 32
+
+def _parts(files, digests, path):
+    if files.is_test is not None:
+        return files.is_test
+    rule = "every tenth image, in the order of their digests, is a test image"
+    warnings.warn(f"{path} has no train and test folders: {rule}")
+    return every_tenth(digests, files.labels)
 
 # %% ../../nbs/4_training/01_data.ipynb #654b8ec7
-def load_folder(path: str, size: int = 0, memory_limit: int = MEMORY_LIMIT) -> ImageData:   # bytes
-    "A folder of images, as `open_folder` reads it, decoded once into memory."
-    train, test, size = open_folder(path, size)
-    require(_bytes(train, test, size) <= memory_limit, f"{path} decodes to more than {memory_limit / 2**30:.3g} GiB: use get_dataloaders, which streams it")
-    name, files = Path(path).expanduser().resolve().name, [(os.path.abspath(f), os.path.getsize(f), os.path.getmtime(f)) for f, _ in train.samples + test.samples]
-    decode = lambda: dict(train=_decode(train, size), test=_decode(test, size), train_labels=np.array(train.targets), test_labels=np.array(test.targets))
-    return _image_data(cached(f"folder-{name}", ("1", size, files), decode), name, train.classes)
+def _decode_recipe(files, size):
+    stamps = [(os.path.abspath(f), os.path.getsize(f), os.path.getmtime(f)) for f in files]
+    return "2", size, stamps
 
-def _bytes(train, test, size): return (len(train) + len(test)) * 3 * size**2
+def decode(
+    files: Sequence[str],  # N pictures
+    size: int,             # side
+) -> np.ndarray:           # [N, 3, size, size] uint8
+    "All pictures, decoded by all cores."
+    images = np.empty((len(files), 3, size, size), np.uint8)
 
-def _decode(dataset, size):
-    images = np.empty((len(dataset), 3, size, size), np.uint8)
+    def decode_one(i):
+        images[i] = read_tensor(files[i], size).numpy()
+
     with ThreadPool() as pool:
-        for i, (image, _) in enumerate(pool.imap(dataset.__getitem__, range(len(dataset)), 64)): images[i] = image
+        for _ in pool.imap(decode_one, range(len(files)), 64):
+            pass
     return images
+
+def folder_bytes(files: FolderFiles, size: int) -> int:
+    "What the images of a folder take in memory."
+    return len(files.files) * 3 * size**2
+
+# %% ../../nbs/4_training/01_data.ipynb #e3ee341b
+def load_folder(
+    path: str | Path,   # as `list_folder` reads it
+    size: int = 0,      # side of the images; 0: their own, or 32
+    memory_limit: int = MEMORY_LIMIT,  # bytes
+) -> ImageData:
+    "A folder of images, decoded once into memory, in canonical order."
+    files = list_folder(path)
+    size = choose_side(files.files, size)
+    too_large = f"{path} decodes to more than {memory_limit / 2**30:.3g} GiB"
+    require(folder_bytes(files, size) <= memory_limit, f"{too_large}: use get_dataloaders, which streams it")
+
+    def build():
+        images = decode(files.files, size)
+        digests = image_digests(torch.from_numpy(images))
+        is_test = _parts(files, digests, path)
+        arrays = dict(train=images[~is_test], test=images[is_test])
+        labels = dict(train_labels=files.labels[~is_test], test_labels=files.labels[is_test])
+        return with_digests(arrays | labels)
+
+    name = Path(path).expanduser().resolve().name
+    recipe = _decode_recipe(files.files, size), files.labels.tolist(), files.is_test is None
+    return as_image_data(cached(f"folder-{name}", recipe, build), name, files.classes)
+
+# %% ../../nbs/4_training/01_data.ipynb #cc5cdfd7
+def _find_dataset(name):
+    try:
+        return DATASETS.find(name)
+    except BavqError as e:
+        if ":" in name:
+            raise
+        raise BavqError(f"{e}, a folder of images or an .npy/.npz file") from None
+
+def is_folder(
+    name: str,  # what `load_images` accepts
+) -> bool:
+    "Is it a folder of images, rather than a file or a name? A `BavqError` where it is nothing of these."
+    path = Path(name).expanduser()
+    if name in DATASETS or path.suffix in (".npy", ".npz"):
+        return False
+    if name and path.is_dir():
+        return True
+    missing = len(path.parts) > 1 and ":" not in name
+    cure = "give a folder with train/ and test/, or an .npy/.npz file"
+    require(not missing, f"there is no folder {name}: {cure}")
+    _find_dataset(name)
+    return False
+
+# %% ../../nbs/4_training/01_data.ipynb #c304a73f
+BUILT_IN = "photos", *TORCHVISION   # in canonical order, or in an order of their own
+
+def _call_dataset(name, function, root):
+    try:
+        signature = inspect.signature(function)
+        options = {"root": root} if "root" in signature.parameters else {}
+        signature.bind(**options)
+    except (TypeError, ValueError):
+        cure = "give a function without arguments that returns an ImageData"
+        raise BavqError(f"the data set {brief(name)} cannot be called: {cure}") from None
+    return function(**options)
+
+def load_named(
+    name: str,       # a registered name, package.module:function, or an entry point
+    root: str = "",  # where its files lie, if the function asks
+) -> ImageData:
+    "What a data set's function returns, checked, in canonical order."
+    data = _call_dataset(name, _find_dataset(name), root)
+    if name in BUILT_IN:
+        return data
+    given = type(data).__name__
+    fits = getattr(data, "_fields", ()) == ImageData._fields
+    fits = fits and data.train.dtype == data.test.dtype == torch.uint8
+    require(fits, f"the data set {name} gave {given}: return an ImageData of uint8 images")
+    counts = [len(t) for t in data[:4]]
+    same = counts[0] == counts[1] and counts[2] == counts[3]
+    require(same, f"the data set {name} gave {counts} images and labels: give each image a label")
+    arrays = dict(zip(("train", "train_labels", "test", "test_labels"), (t.numpy() for t in data[:4])))
+    return as_image_data(with_digests(arrays), data.name, data.classes)
 
 # %% ../../nbs/4_training/01_data.ipynb #12abe92a
 @typed
 def load_images(
-    name: str,       # photos, cifar10, mnist, fashion_mnist, a folder, or an .npy/.npz file
+    name: str,       # photos, cifar10, …, a folder, an .npy/.npz file, or package.module:function
     root: str = "",  # where torchvision's sets lie; empty: the cache
     size: int = 0,   # side of the images; 0: the set's own
 ) -> ImageData:
     "Any data set as uint8 tensors."
-    if _is_folder(name, size): return load_folder(name, size)
-    data = load_photos() if name == "photos" else load_torchvision(name, root) if name in TORCHVISION else load_arrays(name)
+    check_size(size)
+    if is_folder(name):
+        return load_folder(name, size)
+    is_file = name not in DATASETS and Path(name).suffix in (".npy", ".npz")
+    data = load_arrays(Path(name).expanduser()) if is_file else load_named(name, root)
     h, w = data.train.shape[2:]
-    require(size or h == w and h % 4 == 0, f"the images of {name} are {h} by {w}: give image_size, a multiple of 4 such as 32, to crop and resize them")
-    fit = lambda x: TF.resize(TF.center_crop(x, [min(h, w)]), [size], TF.InterpolationMode.BICUBIC)
-    if (size or h, size or w) != (h, w): data = data._replace(train=fit(data.train), test=fit(data.test))
-    return data
+    advice = "give image_size, a multiple of 4 such as 32, to crop and resize them"
+    require(bool(size) or h == w and h % 4 == 0, f"the images of {name} are {h} by {w}: {advice}")
+    if size in (0, h) and h == w:
+        return data
+    return data._replace(train=resize(data.train, size), test=resize(data.test, size))
 
-def _is_folder(name, size):
-    require(size >= 0 and size % 4 == 0, f"image_size is {size}: give a multiple of 4, because the encoder shrinks by 4")
-    path, names = Path(name).expanduser(), sorted(("photos", *TORCHVISION))
-    if name in names or path.suffix in (".npy", ".npz"): return False
-    require(name and (path.is_dir() or len(path.parts) > 1), f"unknown data set {name!r}: choose one of {', '.join(names)}, or give a folder of images or an .npy/.npz file")
-    require(path.is_dir(), f"there is no folder {name}: give a folder with train/ and test/, or an .npy/.npz file")
-    return True
+# %% ../../nbs/4_training/01_data.ipynb #242ce3b5
+def check_size(size: int) -> None:
+    "A `BavqError` unless the encoder can shrink images of this side by 4."
+    cure = "give a multiple of 4, because the encoder shrinks by 4"
+    require(size >= 0 and size % 4 == 0, f"image_size is {size}: {cure}")
+
+def resize(
+    images: Tensor,  # [N, C, H, W] uint8
+    size: int,       # wanted side
+) -> Tensor:         # [N, C, size, size] uint8
+    "The middle square of each image, resized with a filter against aliasing."
+    functional = needs("torchvision.transforms.v2.functional", "train")
+    square = functional.center_crop(images, [min(images.shape[2:])])
+    return functional.resize(square, [size], functional.InterpolationMode.BICUBIC)
 
 # %% ../../nbs/4_training/01_data.ipynb #7407e5fa
-def epoch_order(n: int, seed: int, epoch: int) -> torch.Tensor:
-    "The order of `n` training images in one epoch of a run: a function of its arguments alone."
+def epoch_order(
+    n: int,      # training images
+    seed: int,   # of the run
+    epoch: int,  # from 0
+) -> Tensor:     # [n] int64
+    "The order of the training images in one epoch of a run: a function of its arguments alone."
     return torch.from_numpy(np.random.default_rng([seed, epoch]).permutation(n))
+
+# %% ../../nbs/4_training/01_data.ipynb #e622e180
+def _check_batches(images, labels, batch_size, train, world_size):
+    n, shape = len(images), list(images.shape)
+    fits = len(shape) == 4 and images.dtype == torch.uint8 and len(labels) == n
+    wanted = "uint8 [N, C, S, S] and as many labels"
+    require(fits, f"images are {images.dtype} {shape}, with {len(labels)} labels: give {wanted}")
+    possible = batch_size >= 1 and (batch_size <= n or not train)
+    require(possible, f"batch_size is {batch_size}, with {n} images: give 1 to {n}")
+    shared = batch_size % world_size == 0
+    given = f"batch_size is {batch_size}, for {world_size} processes"
+    require(shared, f"{given}: give a multiple of {world_size}")
 
 # %% ../../nbs/4_training/01_data.ipynb #2fa55ac8
 class Batches:
-    "Batches of one uint8 tensor; iterates over (images in [-1, 1], labels) of the epoch and the step set last."
+    "Batches of one uint8 tensor; iterates over (images in [-1, 1], labels) of the epoch and step set last."
+    dataset_name: str = ""   # set by `get_dataloaders`
+    fingerprint: str = ""    # of the whole data set, train and test; set by `get_dataloaders`
+
     def __init__(self,
-        images: torch.Tensor,   # [N, C, S, S] uint8
-        labels: torch.Tensor,   # [N] int64
+        images: Tensor,         # [N, C, S, S] uint8
+        labels: Tensor,         # [N] int64
         batch_size: int = 256,  # images per step, all processes together
         seed: int = 0,          # of the order
         train: bool = True,     # shuffled, an incomplete last batch dropped; else in order, everything kept
         device: str | torch.device = "cpu",  # where the batches are wanted
         rank: int = 0, world_size: int = 1,  # this process, of so many
     ):
-        n, shape = len(images), list(images.shape)
-        require(len(shape) == 4 and images.dtype == torch.uint8 and len(labels) == n, f"images are {images.dtype} {shape}, with {len(labels)} labels: give uint8 [N, C, S, S] and as many labels")
-        require(batch_size >= 1 and (batch_size <= n or not train), f"batch_size is {batch_size}, with {n} images: give 1 to {n}")
-        require(batch_size % world_size == 0, f"batch_size is {batch_size}, for {world_size} processes: give a multiple of {world_size}")
-        self.batch_size, self.seed, self.train, self.device, self.rank, self.world_size = batch_size, seed, train, device, rank, world_size
-        self.num_images, self.channels, self.image_size, self.dataset_name = n, images.shape[1], images.shape[-1], ""
-        home = device if images.nbytes <= DEVICE_LIMIT and not images.is_meta else images.device
-        self.images, self.labels = images.to(home), labels.to(home); self.set_epoch(0)
+        _check_batches(images, labels, batch_size, train, world_size)
+        self.batch_size, self.seed, self.train, self.device = batch_size, seed, train, device
+        self.rank, self.world_size = rank, world_size
+        self.num_images, self.channels, _, self.image_size = images.shape
+        fits = images.nbytes <= DEVICE_LIMIT and not images.is_meta
+        home = device if fits else images.device
+        self.images, self.labels = images.to(home), labels.to(home)
+        self.set_epoch(0)
 
-    def set_epoch(self, epoch: int, start: int = 0):
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
         "Choose the order of `epoch`, and the step to begin with when iterating."
         require(0 <= start <= len(self), f"start is {start}: an epoch has {len(self)} steps")
         self.epoch, self.start = epoch, start
 
-    def __len__(self): return self.num_images // self.batch_size if self.train else -(-self.num_images // self.batch_size)
+    def __len__(self) -> int:
+        full, rest = divmod(self.num_images, self.batch_size)
+        return full if self.train or rest == 0 else full + 1
 
-    def indices(self):
+    def indices(self) -> Iterator[Tensor]:
         "For each step from `start`, which images this process takes."
-        order = epoch_order(self.num_images, self.seed, self.epoch) if self.train else torch.arange(self.num_images)
-        steps = order.to("cpu" if self.images.is_meta else self.images.device).split(self.batch_size)[self.start:len(self)]
-        return (step.tensor_split(self.world_size)[self.rank] for step in steps)
+        everything = torch.arange(self.num_images)
+        order = epoch_order(self.num_images, self.seed, self.epoch) if self.train else everything
+        home = "cpu" if self.images.is_meta else self.images.device
+        for step in order.to(home).split(self.batch_size)[self.start:len(self)]:
+            yield step.tensor_split(self.world_size)[self.rank]
 
-    def __iter__(self):
-        for i in self.indices(): yield normalize(self.images[i].to(self.device)), self.labels[i].to(self.device)
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for i in self.indices():
+            yield normalize(self.images[i].to(self.device)), self.labels[i].to(self.device)
+
+# %% ../../nbs/4_training/01_data.ipynb #7a994ef1
+class FolderImages(Dataset):
+    "Picture files, decoded when asked for, as (uint8 [3, size, size], label) pairs."
+    def __init__(self,
+        files: Sequence[str],   # N paths
+        labels: np.ndarray,     # [N] int64
+        size: int,              # side of the images
+    ):
+        self.files, self.labels, self.size = files, labels, size
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        return read_tensor(self.files[i], self.size), int(self.labels[i])
+
+# %% ../../nbs/4_training/01_data.ipynb #250cac78
+def file_digests(
+    files: Sequence[str],  # N pictures
+    size: int,             # side
+) -> np.ndarray:           # [N, 2]
+    "The digests of the decoded pictures, of which no more than a few are in memory."
+    def digest_one(file):
+        return image_digests(read_tensor(file, size)[None])
+
+    with ThreadPool() as pool:
+        return np.concatenate(list(pool.imap(digest_one, files, 64)))
+
+# %% ../../nbs/4_training/01_data.ipynb #02032932
+def open_folder(
+    path: str | Path,  # as `list_folder` reads it
+    size: int = 0,     # side of the images; 0: their own, or 32
+) -> tuple[FolderImages, FolderImages, str]:
+    "Training set, test set, both in canonical order and decoded when asked for, and the fingerprint."
+    files = list_folder(path)
+    size = choose_side(files.files, size)
+    recipe = _decode_recipe(files.files, size)
+    name = Path(path).expanduser().resolve().name
+
+    def build():
+        return {"digests": file_digests(files.files, size)}
+
+    digests = cached(f"digests-{name}", recipe, build)["digests"]
+    is_test = _parts(files, digests, path)
+    sets, part_digests = [], []
+    for places in (np.flatnonzero(~is_test), np.flatnonzero(is_test)):
+        order = places[canonical_order(digests[places], files.labels[places])]
+        sets.append(FolderImages([files.files[i] for i in order], files.labels[order], size))
+        part_digests.append(digests[order])
+    train, test = sets
+    return train, test, combine_digests((3, size, size), part_digests, [train.labels, test.labels])
+
+# %% ../../nbs/4_training/01_data.ipynb #ae8a4f8a
+class _ErrorsAsValues(Dataset):
+    "A data set in which a `BavqError` is an item rather than raised."
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, i):
+        try:
+            return self.dataset[i]
+        except BavqError as e:
+            return e
+
+def _collate_unless_error(items):
+    errors = [item for item in items if isinstance(item, BavqError)]
+    return errors[0] if errors else default_collate(items)
+
+def _ignore_sigterm(worker):
+    # the signal is sent to the whole group, and the training process saves first
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+def _was_killed(process):
+    process.join(0.2)
+    return bool(process.exitcode)
 
 # %% ../../nbs/4_training/01_data.ipynb #890f0236
 class StreamedBatches(Batches):
     "`Batches` of a data set of (uint8 image, label) pairs that worker processes decode anew in every epoch."
-    def __init__(self, dataset, workers: int = 0, **options):
-        super().__init__(torch.empty(len(dataset), *dataset[0][0].shape, dtype=torch.uint8, device="meta"), torch.empty(len(dataset), device="meta"), **options)
+    def __init__(self,
+        dataset: Any,      # has a length and gives pairs, as `FolderImages` does
+        workers: int = 0,  # loader processes; 0: decode in this one
+        **options: Any,    # of `Batches`
+    ):
+        images = torch.empty(len(dataset), *dataset[0][0].shape, dtype=torch.uint8, device="meta")
+        super().__init__(images, torch.empty(len(dataset), device="meta"), **options)
         self.dataset, self.workers = dataset, workers
 
-    def __iter__(self):
-        steps, pin = [i.tolist() for i in self.indices() if len(i)], torch.device(self.device).type == "cuda"
-        try:
-            for x, y in DataLoader(self.dataset, batch_sampler=steps, num_workers=self.workers, pin_memory=pin, generator=torch.Generator(), worker_init_fn=_ignore_sigterm):
-                yield normalize(x.to(self.device, non_blocking=pin)), y.to(self.device, non_blocking=pin)
-        except BavqError as e: raise BavqError(str(e).strip().splitlines()[-1].rpartition("BavqError: ")[2]) from None   # a worker's carries its traceback along
-        except (RuntimeError, ConnectionError, EOFError) as e:
-            raise e if type(e) is RuntimeError and "DataLoader worker" not in str(e) else BavqError("a loader process was killed, perhaps for lack of memory: resume the run, with fewer workers") from None
+    def _loader(self):
+        steps = [i.tolist() for i in self.indices() if len(i)]
+        pinned = torch.device(self.device).type == "cuda"
+        return DataLoader(
+            _ErrorsAsValues(self.dataset), batch_sampler=steps, num_workers=self.workers, pin_memory=pinned,
+            collate_fn=_collate_unless_error, generator=torch.Generator(), worker_init_fn=_ignore_sigterm)
 
-def _ignore_sigterm(worker): signal.signal(signal.SIGTERM, signal.SIG_IGN)   # sent to the whole group; the training process saves first
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        loader, others = self._loader(), set(multiprocessing.active_children())
+        workers: set = set()
+        try:
+            batches = iter(loader)
+            workers = set(multiprocessing.active_children()) - others
+            for batch in batches:
+                if isinstance(batch, BavqError):
+                    raise batch
+                x, y = (t.to(self.device, non_blocking=loader.pin_memory) for t in batch)
+                yield normalize(x), y
+        except (RuntimeError, ConnectionError, EOFError):
+            if not any(_was_killed(w) for w in workers):
+                raise
+            cause = "a loader process was killed, perhaps for lack of memory"
+            raise BavqError(f"{cause}: resume the run, with fewer workers") from None
+
+# %% ../../nbs/4_training/01_data.ipynb #36a8a674
+def choose_training_images(
+    n: int,           # training images of the set
+    train_size: int,  # wanted; 0: all
+    name: str,        # of the set, for the message
+) -> np.ndarray:      # positions, ascending
+    "A fixed random choice of training images."
+    fits = 0 <= train_size <= n
+    cure = f"give at most {n}, or 0 for all"
+    require(fits, f"train_size is {train_size}, but {name} has {n} training images: {cure}")
+    return np.sort(np.random.RandomState(0).permutation(n)[:train_size or n])
+
+def short_name(name: str) -> str:
+    "Of a data set, for tables: of `package.module:function` the function, of a path its last part."
+    return name.rpartition(":")[2] if ":" in name and not Path(name).exists() else Path(name).stem
+
+# %% ../../nbs/4_training/01_data.ipynb #d44ceefd
+def _streamed(path, size, train_size, workers, options):
+    train_set, test_set, digest = open_folder(path, size)
+    keep = choose_training_images(len(train_set), train_size, path)
+    train = StreamedBatches(Subset(train_set, keep.tolist()), workers, **options)
+    test = StreamedBatches(test_set, workers, train=False, **options)
+    return train, test, digest
+
+def _in_memory(data, name, train_size, options):
+    keep = torch.from_numpy(choose_training_images(len(data.train), train_size, name))
+    train = Batches(data.train[keep], data.train_labels[keep], **options)
+    test = Batches(data.test, data.test_labels, train=False, **options)
+    return train, test, fingerprint(data)
+
+# %% ../../nbs/4_training/01_data.ipynb #4155a500
+def fits_in_memory(
+    path: str,          # a folder of images
+    size: int,          # wanted side; 0: their own, or 32
+    memory_limit: int,  # bytes
+) -> bool:
+    "Do the images of a folder, decoded, take at most so many bytes?"
+    files = list_folder(path)
+    return folder_bytes(files, choose_side(files.files, size)) <= memory_limit
 
 # %% ../../nbs/4_training/01_data.ipynb #00558ce9
 @typed
@@ -336,20 +918,19 @@ def get_dataloaders(
     memory_limit: int = MEMORY_LIMIT,    # bytes; a folder that decodes to more is streamed
     rank: int = 0, world_size: int = 1,  # this process, of so many
 ) -> tuple[Batches, Batches]:
-    "Loaders of the training and of the test images."
-    for k, v, low in ("batch_size", batch_size, 1), ("workers", workers, 0): require(v >= low, f"{k} is {v}: give at least {low}")
+    "Loaders of the training and of the test images; both carry the set's name and fingerprint."
+    require(batch_size >= 1, f"batch_size is {batch_size}: give at least 1")
+    require(workers >= 0, f"workers is {workers}: give at least 0")
+    check_size(image_size)
     options = dict(batch_size=batch_size, seed=seed, device=device, rank=rank, world_size=world_size)
-    folder = open_folder(name, image_size) if _is_folder(name, image_size) else None
-    if folder and _bytes(*folder) > memory_limit:
-        keep = _choice(len(folder[0]), train_size, name)
-        train, test = StreamedBatches(Subset(folder[0], keep.tolist()), workers, **options), StreamedBatches(folder[1], workers, train=False, **options)
+    if not is_folder(name):
+        data = load_images(name, root, image_size)
+        train, test, digest = _in_memory(data, name, train_size, options)
+    elif fits_in_memory(name, image_size, memory_limit):
+        data = load_folder(name, image_size, memory_limit)
+        train, test, digest = _in_memory(data, name, train_size, options)
     else:
-        d = load_folder(name, image_size, memory_limit) if folder else load_images(name, root, image_size)
-        keep = _choice(len(d.train), train_size, name)
-        train, test = Batches(d.train[keep], d.train_labels[keep], **options), Batches(d.test, d.test_labels, train=False, **options)
-    train.dataset_name = test.dataset_name = Path(name).stem
+        train, test, digest = _streamed(name, image_size, train_size, workers, options)
+    for loader in (train, test):
+        loader.dataset_name, loader.fingerprint = short_name(name), digest
     return train, test
-
-def _choice(n, train_size, name):
-    require(0 <= train_size <= n, f"train_size is {train_size}, but {name} has {n} training images: give at most {n}, or 0 for all")
-    return torch.from_numpy(np.sort(np.random.RandomState(0).permutation(n)[:train_size or n]))

@@ -21,7 +21,8 @@ from ..core.storage import (Interrupted, check_folder, read_json, stop_signals, 
     write_json, write_weights)
 from .data import get_dataloaders
 from ..theory.metrics import CodeMeter, LossMeter, ReconstructionMeter, effective_rank
-from ..models.vqvae import VQVAE, VQVAEOutput, build_model
+from ..models.vqvae import VQVAE, VQVAEOutput
+from ..models.vqvae2 import build_model
 from bavq.training.checkpoints import (Training, locate_error, restore, save_between_steps, save_checkpoint,
     save_is_due)
 
@@ -94,18 +95,20 @@ def code_meters(
     model: VQVAE,  # or a VQVAE2
 ) -> dict[str, CodeMeter]:
     "A count of codes for each codebook, by the ending of its metrics' names."
-    meters = {"": CodeMeter(int(model.quantizer.num_embeddings))}
-    top = getattr(model, "quantizer_top", None)
+    quantizer: Any = model.quantizer
+    meters = {"": CodeMeter(quantizer.num_embeddings)}
+    top: Any = getattr(model, "quantizer_top", None)
     if top is not None:
         meters["_top"] = CodeMeter(top.num_embeddings)
     return meters
 
+# %% ../../nbs/4_training/03_loop.ipynb #801c8353
 def codebook_metrics(
     model: VQVAE,                  # or a VQVAE2
     meters: dict[str, CodeMeter],  # of `code_meters`, filled
 ) -> dict[str, float]:
     "Usage of each codebook, and the effective rank of the bottom one."
-    metrics = {}
+    metrics: dict[str, float] = {}
     for ending, meter in meters.items():
         metrics |= {f"{name}{ending}": v for name, v in meter.compute().items()}
     quantizer: Any = model.quantizer
@@ -170,7 +173,7 @@ def make_accelerator(
     from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.state import AcceleratorState
     log = "wandb" if config.wandb else None
-    require(not log or importlib.util.find_spec("wandb"),
+    require(not log or importlib.util.find_spec("wandb") is not None,
             "wandb is not installed: pip install 'bavq[wandb]', or train without wandb")
     AcceleratorState._reset_state()   # else a process could train in one precision only
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False)   # all processes compute the same ones
@@ -278,6 +281,7 @@ def write_epoch(
     if main and due:
         save_checkpoint(t, folder)
 
+# %% ../../nbs/4_training/03_loop.ipynb #a9cb9b6a
 def write_final(
     t: Training,   # after its last epoch
     folder: Path,  # of the run
@@ -325,6 +329,7 @@ def one_epoch(
         tqdm.write(epoch_line(entry, t.config.epochs))
     return entry
 
+# %% ../../nbs/4_training/03_loop.ipynb #8c636999
 def end_epoch(
     t: Training,             # changed in place
     entry: dict[str, Any],   # of the history
@@ -398,6 +403,7 @@ def start_log(
                         f"run `wandb login`, or set WANDB_MODE=offline") from None
     return lambda entry: t.accelerator.log(tracked(entry), step=entry["epoch"])
 
+# %% ../../nbs/4_training/03_loop.ipynb #85900c05
 def tracked(
     entry: dict,  # of the history
 ) -> dict[str, float]:
