@@ -100,6 +100,7 @@ def _as_rows(table):
 
 def _write_comparison(folder, result):
     "Tables and figure of the finished runs; returns the summary."
+    needs("pandas", extra="eval")
     import pandas as pd
     from bavq.comparison.compare import compare_figure
     from bavq.evaluation.summaries import METRICS, groups, summarise
