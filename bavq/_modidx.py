@@ -1881,4 +1881,5 @@ d = { 'settings': { 'branch': 'main',
                                       'bavq.training.sweeps.run_line': ('4_training/sweeps.html#run_line', 'bavq/training/sweeps.py'),
                                       'bavq.training.sweeps.sweep': ('4_training/sweeps.html#sweep', 'bavq/training/sweeps.py'),
                                       'bavq.training.sweeps.wait_until_free': ( '4_training/sweeps.html#wait_until_free',
-                                                                                'bavq/training/sweeps.py')}}}
+                                                                                'bavq/training/sweeps.py'),
+                                      'bavq.training.sweeps.write_file': ('4_training/sweeps.html#write_file', 'bavq/training/sweeps.py')}}}
