@@ -19,8 +19,8 @@ from .core.config import RunConfig, check_config, run_name
 from .core.errors import BavqError, choose, needs, require
 from .core.storage import write_json
 from .models.vqvae2 import build_model
-from bavq.training.experiments import (PRESETS, Ray, cores, load_results, only_process, read_config, run,
-    study_configs, sweep)
+from .training.experiments import PRESETS, load_results, only_process, read_config, run, study_configs
+from .training.sweeps import Ray, cores, sweep
 from .training.prior_training import PriorConfig, save_samples, train_prior
 
 # %% auto #0
@@ -100,6 +100,7 @@ def _as_rows(table):
 
 def _write_comparison(folder, result):
     "Tables and figure of the finished runs; returns the summary."
+    needs("pandas", extra="eval")
     import pandas as pd
     from bavq.comparison.compare import compare_figure
     from bavq.evaluation.summaries import METRICS, groups, summarise

@@ -23,7 +23,8 @@ import torch
 
 from bavq.core.config import RunConfig, run_name
 from bavq.core.storage import write_json
-from bavq.training.experiments import Ray, load_results, run, sweep
+from bavq.training.experiments import load_results, run
+from bavq.training.sweeps import Ray, sweep
 from bavq.core.storage import read_history
 
 # before Ray is imported: a busy machine starts its processes slowly

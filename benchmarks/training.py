@@ -38,7 +38,7 @@ from bavq.core.config import RunConfig
 from bavq.core.distributed import set_seed
 from bavq.core.storage import write_json
 from bavq.training.data import PHOTOS, get_dataloaders, photo_path
-from bavq.training.experiments import cores
+from bavq.training.sweeps import cores
 from bavq.quantizers.base import (
     Quantized,
     from_rows,

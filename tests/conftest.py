@@ -1,5 +1,7 @@
 "What several test files share."
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -12,3 +14,9 @@ def one_thread(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def no_repository(monkeypatch):
+    "Git does not find this checkout, so that tests may record runs while files of it are being changed."
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(Path(__file__).resolve().parent.parent))

@@ -14,7 +14,8 @@ import torch
 from bavq.cli import main, parse
 from bavq.core.config import RunConfig
 from bavq.core.errors import BavqError
-from bavq.training.experiments import sweep
+from bavq.training.experiments import read_records
+from bavq.training.sweeps import sweep
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = (
@@ -179,7 +180,7 @@ def test_damaged_records_are_named(here, capsys):
         path.write_text(kept)
 
 
-def test_sweep_in_processes(here):
+def test_sweep_in_processes(here, no_repository):
     "Two runs at a time in processes of their own; then the same command has nothing left to do."
     base = RunConfig(
         data="images.npz",
@@ -193,8 +194,45 @@ def test_sweep_in_processes(here):
     configs = [base, replace(base, quantizer="vq_ema"), replace(base, name="bad", lr=1e30, epochs=2)]
     result = sweep(configs, "runs", record="results", jobs=2, progress=False)
     assert len(result.metrics) == 2 and "stopped in epoch 1" in result.failures["bad"]
-    assert len(list(Path("results").glob("*.json"))) == 2
+    assert [r["schema"] for r in read_records("results")] == [1, 1]
     assert sweep(configs[:2], "runs", progress=False).metrics == result.metrics
+
+
+MINE = """
+from bavq.quantizers.vq_ema import VQEMAQuantizer
+
+class Slow(VQEMAQuantizer):
+    def __init__(self, num_embeddings: int, embedding_dim: int, decay: float = 0.999):
+        super().__init__(num_embeddings, embedding_dim, decay=decay)
+"""
+
+
+def test_a_quantizer_of_your_own(here, capsys, monkeypatch):
+    "A class in the folder where one works: from the command line, and in the processes of a sweep."
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (here / "mine.py").write_text(MINE)
+    code, _, err = bavq(capsys, "train", "--quantizer", "mine:Slow", "--name", "one", *TINY)
+    assert code == 0, err
+    made_by = json.loads(Path("experiments/one/environment.json").read_text())
+    assert made_by["arguments"]["decay"] == 0.999 and list(made_by["plugins"]) == ["mine"]
+    base = RunConfig(**json.loads(Path("experiments/one/config.json").read_text()))
+    result = sweep([replace(base, name=f"run {s}", seed=s) for s in (0, 1)], "runs", jobs=2, progress=False)
+    assert not result.failures and len(result.metrics) == 2
+    assert result.metrics["run 0"] == json.loads(Path("experiments/one/final_metrics.json").read_text())
+    code, _, err = bavq(capsys, "train", "--quantizer", "nobody:Slow", "--name", "two", *TINY)
+    assert code == 2 and "nobody" in err and len(err.splitlines()) == 1
+    sys.modules.pop("mine", None)
+
+
+def test_the_records_of_a_study(tmp_path):
+    "A record of the future or a damaged line is named; a study that is there is not touched."
+    path = tmp_path / "study.jsonl"
+    for line in ('{"run": "a", "schema": 2, "config": {}, "metrics": {}}', '{"run": ', "[1]", '{"run": "a"}'):
+        path.write_text(line + "\n")
+        with pytest.raises(BavqError, match="line 1"):
+            read_records(path)
+        assert path.read_text() == line + "\n"
+    assert read_records(tmp_path / "none") == []
 
 
 def test_offline_tracking(here):

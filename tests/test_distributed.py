@@ -237,7 +237,7 @@ def test_sequences_of_several_lengths_on_several_processes(tmp_path):
 
 SWEEP = """
 from bavq.core.config import RunConfig
-from bavq.training.experiments import sweep
+from bavq.training.sweeps import sweep
 if __name__ == "__main__":
     configs = [RunConfig(name=q, quantizer=q, **{tiny}) for q in ("vq_ema", "ba_vq")]
     sweep(configs, {out!r}, jobs=2, progress=False)

@@ -287,6 +287,24 @@ def test_a_vanished_data_set_is_named_and_the_run_goes_on_when_it_is_back():
     assert undisturbed(train, Path("run"))
 
 
+def test_other_data_under_the_same_name_are_refused_and_the_run_goes_on_with_its_own(monkeypatch):
+    "The checkpoint knows the fingerprint of its data set."
+
+    def now(fingerprint):
+        monkeypatch.setattr(bavq.training.checkpoints.Training, "data_fingerprint", fingerprint)
+
+    now("1234")
+    with at_batch(6, lambda batch: signal.raise_signal(signal.SIGTERM)), pytest.raises(Interrupted):
+        train()
+    now("5678")
+    with pytest.raises(BavqError, match="the data of run have changed .fingerprint 1234, now 5678") as e:
+        train()
+    assert "\n" not in str(e.value)
+    now("1234")
+    train()
+    assert undisturbed(train, Path("run"))
+
+
 @pytest.fixture
 def streamed(monkeypatch):
     "A folder of pictures, decoded anew in every epoch by a loader process."

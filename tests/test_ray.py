@@ -11,7 +11,8 @@ import pytest
 from bavq.core.config import RunConfig
 from bavq.core.errors import BavqError
 from bavq.training.data import cache_dir
-from bavq.training.experiments import Ray, as_task, collect, run, sweep
+from bavq.training.experiments import read_records, run
+from bavq.training.sweeps import Ray, Task, attempt_on_cluster, collect, record_outcome, sweep
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = dict(
@@ -50,22 +51,20 @@ def test_ray_is_an_extra(tmp_path, monkeypatch):
     assert sweep([config], tmp_path / "runs", progress=False, engine=Ray()) == before
 
 
-def test_files_of_a_run_travel_where_no_folder_is_shared(tmp_path, monkeypatch):
+def test_files_of_a_run_travel_where_no_folder_is_shared(tmp_path, monkeypatch, no_repository):
     "A task that does not see the sweep's folder trains elsewhere; `collect` puts the files in place."
     monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(get_gpu_ids=list))
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     config, out = RunConfig(name="one", quantizer="vq_ema", **TINY), tmp_path / "runs"
     before = set((cache_dir() / "sweeps").glob("*"))
-    sent = as_task(config, dict(out=out, record=None, progress=False), out / ".sweep-not-here", 1, Path.cwd())
+    sent = attempt_on_cluster(config, Task(out), out / ".sweep-not-here", 1, Path.cwd())
     for place in set((cache_dir() / "sweeps").glob("*")) - before:
         shutil.rmtree(place)
     assert not out.exists()
-    name, metrics, error = collect(
-        SimpleNamespace(get=lambda ref: ref, exceptions=SimpleNamespace(RayError=OSError)),
-        sent,
-        out / "one",
-        tmp_path / "records",
-    )
-    assert (name, error) == ("one", "") and len(list((tmp_path / "records").iterdir())) == 1
-    assert run(config, out, resume=True) == metrics
+    errors = SimpleNamespace(RayError=OSError)
+    outcome = collect(SimpleNamespace(get=lambda ref: ref, exceptions=errors), sent, out / "one")
+    assert record_outcome(outcome, out, tmp_path / "records", "an arm") == outcome
+    assert (outcome.name, outcome.error) == ("one", "")
+    assert [r["arm"] for r in read_records(tmp_path / "records")] == ["an arm"]
+    assert run(config, out, resume=True) == outcome.metrics
     assert sorted(p.name for p in (out / "one").iterdir() if p.name != ".lock") == sorted(sent[1])

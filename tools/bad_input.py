@@ -37,7 +37,8 @@ from bavq.core.config import RunConfig, check_config, config_from_dict
 from bavq.core.errors import BavqError
 from bavq.core.storage import read_json, read_weights, write_json
 from bavq.models.priors import load_prior, make_prior
-from bavq.training.experiments import environment, load_results, read_config, run, sweep
+from bavq.training.experiments import environment, load_results, read_config, run
+from bavq.training.sweeps import sweep
 from bavq.training.checkpoints import load_model
 from bavq.training.prior_training import PriorConfig, prepare_prior
 

@@ -27,7 +27,9 @@ parser.add_argument("--out", required=True)
 o = parser.parse_args()
 ini = ConfigParser(delimiters=["="], interpolation=None)
 ini.read(ROOT / "settings.ini", encoding="utf-8")
-names = [re.match(r"[\w.-]+", r)[0] for r in ini["DEFAULT"]["requirements"].split()]
+sets = ("requirements", "train_requirements", "eval_requirements", "plots_requirements")
+bounds = " ".join(ini["DEFAULT"][s] for s in sets).split()
+names = list(dict.fromkeys(re.match(r"[\w.-]+", bound)[0] for bound in bounds))
 done = subprocess.run(
     [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *TESTS],
     cwd=ROOT,

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Callable, Iterator, NamedTuple
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from ..core.errors import BavqError, choose, needs, require, typed
 from ..core.storage import atomic_write
@@ -26,6 +25,12 @@ from ..training.checkpoints import load_model
 # %% auto #0
 __all__ = ['encode_indices', 'decode_indices', 'Header', 'read_header', 'image_codes', 'compress', 'read_codes', 'decompress',
            'compress_folder', 'decompress_folder']
+
+# %% ../../nbs/5_evaluation/03_compression.ipynb #2171fa0e
+needs("PIL", extra="train")
+
+# %% ../../nbs/5_evaluation/03_compression.ipynb #016eccef
+from PIL import Image
 
 # %% ../../nbs/5_evaluation/03_compression.ipynb #b8dfd55e
 def coders() -> tuple[Any, Any]:

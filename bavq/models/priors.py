@@ -98,6 +98,7 @@ def check_range(
     low, high = int(values.min()), int(values.max())
     require(0 <= low and high < size, f"{what} from {low} to {high}: give 0 to {size - 1}")
 
+# %% ../../nbs/3_models/04_priors.ipynb #4b68c09a
 def check_grids(
     prior: Prior,     # whose grids
     indices: Tensor,  # [B, H, W]
@@ -141,6 +142,7 @@ class Condition(nn.Module):
         e = self.embed(places.long()).permute(0, 3, 1, 2)
         return F.interpolate(self.near(e), size=self.grid)
 
+# %% ../../nbs/3_models/04_priors.ipynb #e7331f1e
 def check_condition(
     condition: Condition,  # what it may be
     cond: Any,             # what was given
@@ -212,6 +214,7 @@ class MaskedConv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         return self._conv_forward(x, self.weight * self.mask, self.bias)
 
+# %% ../../nbs/3_models/04_priors.ipynb #311ca49a
 def places_before(
     size: int,      # of the line, an odd number
     current: bool,  # with the middle itself
@@ -219,6 +222,7 @@ def places_before(
     "Which places in a line lie before the middle one."
     return (torch.arange(size) < size // 2 + current).float()
 
+# %% ../../nbs/3_models/04_priors.ipynb #655a9e9e
 def gate(
     x: Tensor,  # [B, 2C, H, W]
 ) -> Tensor:    # [B, C, H, W]
@@ -380,6 +384,7 @@ def random_masks(
     rank = torch.rand(len(counts), grid[0] * grid[1], generator=generator, device=counts.device).argsort(1)
     return (rank < counts[:, None]).view(-1, *grid)
 
+# %% ../../nbs/3_models/04_priors.ipynb #6a15f86c
 def masked_nats(
     prior: MaskGIT,             # that predicts
     indices: Tensor,            # [B, H, W], nothing masked

@@ -4,29 +4,32 @@
 
 # %% ../../nbs/2_quantizers/09_remedies.ipynb #abbd630a
 from __future__ import annotations
+from collections.abc import Callable
 from functools import partial
-from types import SimpleNamespace
-from typing import Callable
+from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from .schedules import geometric
 from ..core.distributed import all_reduce, from_first, parallel
 from ..core.errors import choose, require, typed
-from ..theory.metrics import code_counts
-from .base import Quantized, Quantizer, VectorQuantizer, full_precision, latent_rows, register_quantizer, squared_distances
+from .base import (Quantized, Quantizer, VectorQuantizer, full_precision, latent_rows,
+                                  register_quantizer, squared_distances)
 from .codebook import EMACodebook, hard_statistics, revive
+from .schedules import geometric
 from .vq_ema import VQEMAQuantizer
+from ..theory.metrics import code_counts
 
 # %% auto #0
-__all__ = ['Wrapped', 'over_processes', 'log_assignments', 'entropies', 'entropy_term', 'WithLosses', 'with_losses', 'ramp',
-           'Scheduled', 'scheduled', 'split_codes', 'GrowingQuantizer', 'learn_first', 'grow', 'entropy_vq',
-           'warmup_vq_ema', 'growing_vq_ema']
+__all__ = ['Wrapped', 'entropy_term', 'WithLosses', 'with_losses', 'ramp', 'Scheduled', 'scheduled', 'GrowingQuantizer']
 
 # %% ../../nbs/2_quantizers/09_remedies.ipynb #c1b0128c
 class Wrapped(nn.Module):
     "A quantizer around another: everything is the inner one's, until a subclass changes it."
-    def __init__(self, base: nn.Module):  # any quantizer that keeps the contract
+    base: Any  # a quantizer
+
+    def __init__(self,
+        base: nn.Module,  # any quantizer that keeps the contract
+    ):
         super().__init__()
         self.base = base
 
@@ -40,33 +43,45 @@ class Wrapped(nn.Module):
     def encode(self, z: Tensor) -> Tensor: return self.base.encode(z)
     def decode(self, indices: Tensor) -> Tensor: return self.base.decode(indices)
     def anneal(self, progress: float) -> None: self.base.anneal(progress)
-    def __getattr__(self, name):   # whatever else the inner one has: distance, estimate, prepare, …
-        try: return super().__getattr__(name)
+
+    def __getattr__(self, name: str) -> Any:  # whatever else the inner one has: distance, estimate, …
+        try:
+            return super().__getattr__(name)
         except AttributeError:
-            if name == "base": raise
+            if name == "base":
+                raise
             return getattr(self.base, name)
 
 # %% ../../nbs/2_quantizers/09_remedies.ipynb #e7d65b63
-def over_processes(mean: Tensor, together: bool = True) -> Tensor:   # together: False in evaluation, where processes take no turns
-    "The mean over all processes forward; backward, this process's share of it (gradients are averaged after that)."
-    if not (together and parallel()): return mean
-    return mean + (all_reduce(mean.detach().clone()) / dist.get_world_size() - mean.detach())
+def over_processes(
+    mean: Tensor,           # of this process
+    together: bool = True,  # False in evaluation, where processes take no turns
+) -> Tensor:
+    "The mean over all processes; backward, this process's share of it (gradients are averaged after that)."
+    if not (together and parallel()):
+        return mean
+    of_all = all_reduce(mean.detach().clone()) / dist.get_world_size()
+    return mean + (of_all - mean.detach())
 
+# %% ../../nbs/2_quantizers/09_remedies.ipynb #63565121
 def log_assignments(
-    x: Tensor,         # latents [N, D]
-    e: Tensor,         # codes [K, D]
-    sharpness: float,  # s, in units of one over the mean nearest squared distance
+    x: Tensor,              # latents [N, D]
+    e: Tensor,              # codes [K, D]
+    sharpness: float,       # s, in units of one over the mean nearest squared distance
     together: bool = True,  # over all processes
-) -> Tensor:               # log P(k|z) [N, K]; this table is held for the backward pass
+) -> Tensor:                # log P(k|z) [N, K]; this table is held for the backward pass
     "Soft assignments by distance, as logarithms."
     d = squared_distances(x, e)
-    d_ref = torch.maximum(over_processes(d.detach().amin(1).mean(), together), 1e-6 * x.detach().square().sum(1).mean()).clamp_min(1e-20)   # above rounding
+    nearest = over_processes(d.detach().amin(1).mean(), together)
+    rounding = 1e-6 * x.detach().square().sum(1).mean()
+    d_ref = torch.maximum(nearest, rounding).clamp_min(1e-20)
     return torch.log_softmax(-sharpness / d_ref * d, 1)
 
+# %% ../../nbs/2_quantizers/09_remedies.ipynb #1a097f26
 def entropies(
-    log_P: Tensor,  # log P(k|z) [N, K]
-    together: bool = True,  # over all processes
-) -> tuple[Tensor, Tensor]:  # H(Q) and H(K|Z), in nats
+    log_P: Tensor,            # log P(k|z) [N, K]
+    together: bool = True,    # over all processes
+) -> tuple[Tensor, Tensor]:   # H(Q) and H(K|Z), in nats
     "How evenly the codes are used, and how unclearly each latent chooses."
     P = log_P.exp()
     Q = over_processes(P.mean(0), together)
@@ -78,31 +93,46 @@ def entropy_term(
     weight: float = 0.01,    # of the loss, per nat
     sharpness: float = 5.0,  # s: large for nearly hard assignments
     codes: bool = False,     # let the gradient reach the codes as well
-) -> Callable:
-    "The loss -weight·I(Z;K) of soft assignments, as a term for `with_losses`; needs a quantizer with a codebook of nearest codes."
-    require(weight >= 0 and sharpness > 0, f"weight is {weight}, sharpness {sharpness}: give 0 or more, and more than 0")
-    return partial(_entropy_term, weight, sharpness, codes)
+) -> Callable[..., Tensor]:  # of a quantizer with a codebook of nearest codes, and latents
+    "The loss -weight·I(Z;K) of soft assignments, as a term for `with_losses`."
+    valid = weight >= 0 and sharpness > 0
+    require(valid, f"weight is {weight}, sharpness {sharpness}: give 0 or more, and more than 0")
+    return partial(entropy_loss, weight, sharpness, codes)
 
-def _entropy_term(weight, sharpness, codes, q, z):   # a function of the module, so that a quantizer can be pickled
+# %% ../../nbs/2_quantizers/09_remedies.ipynb #9663fed4
+def entropy_loss(
+    weight: float,
+    sharpness: float,
+    codes: bool,
+    q: Any,     # a quantizer with a codebook of nearest codes
+    z: Tensor,  # latents [B, D, *space] or [N, D]
+) -> Tensor:
+    "The loss itself; a function of the module, so that a quantizer can be pickled."
     with full_precision(z):
-        e = q.codebook.clone() if codes else q.codebook.detach().clone()   # the next batch changes it in place
-        even, unclear = entropies(log_assignments(latent_rows(q, z), e, sharpness, q.training), q.training)
+        e = q.codebook if codes else q.codebook.detach()
+        e = e.clone()   # the next batch changes the codebook in place
+        log_P = log_assignments(latent_rows(q, z), e, sharpness, q.training)
+        even, unclear = entropies(log_P, q.training)
         return weight * (unclear - even)
 
 # %% ../../nbs/2_quantizers/09_remedies.ipynb #950cd52d
 class WithLosses(Wrapped):
     "A quantizer with more losses."
-    def __init__(self, base: nn.Module, terms: dict[str, Callable]):
+    def __init__(self,
+        base: nn.Module,                          # any quantizer
+        terms: dict[str, Callable[..., Tensor]],  # functions of quantizer and latents
+    ):
         super().__init__(base)
         self.terms = terms
 
     def forward(self, z: Tensor) -> Quantized:
         out = self.base(z)
-        return out._replace(losses=out.losses | {name: term(self.base, z) for name, term in self.terms.items()})
+        more = {name: term(self.base, z) for name, term in self.terms.items()}
+        return out._replace(losses=out.losses | more)
 
 def with_losses(
-    q: nn.Module,  # any quantizer
-    **terms,       # name=function(quantizer, latents): a weighted scalar
+    q: nn.Module,                    # any quantizer
+    **terms: Callable[..., Tensor],  # name=function(quantizer, latents): a weighted scalar
 ) -> WithLosses:
     "A quantizer with more losses: `with_losses(q, entropy_loss=entropy_term())`."
     return WithLosses(q, terms)
@@ -113,32 +143,46 @@ def ramp(
     start: float,        # value at progress 0
     end: float,          # value from `until` on
     until: float = 1.0,  # part of the training that the change takes
-) -> Callable:
-    "A straight line."
+) -> Callable[[float], float]:
+    "A straight line, as a function of the progress from 0 to 1."
     require(0 < until <= 1, f"until is {until}: give a part of the training, above 0 and up to 1")
-    return partial(_ramp, start, end, until)
+    return partial(ramp_value, start, end, until)
 
-def _ramp(start, end, until, progress): return start + (end - start) * min(1.0, progress / until)
+# %% ../../nbs/2_quantizers/09_remedies.ipynb #41cbe318
+def ramp_value(start: float, end: float, until: float, progress: float) -> float:
+    "A point of the line; a function of the module, so that a quantizer can be pickled."
+    return start + (end - start) * min(1.0, progress / until)
 
 # %% ../../nbs/2_quantizers/09_remedies.ipynb #9fd4de3a
 class Scheduled(Wrapped):
     "A quantizer whose losses are multiplied by functions of the progress."
-    def __init__(self, base: nn.Module, schedules: dict[str, Callable]):
+    factors: Tensor  # of the moment, one for each schedule
+
+    def __init__(self,
+        base: nn.Module,                               # any quantizer
+        schedules: dict[str, Callable[[float], float]],  # by name of the loss
+    ):
         super().__init__(base)
         self.schedules = schedules
-        self.register_buffer("factors", torch.tensor([float(s(0.0)) for s in schedules.values()]))
+        at_first = [float(schedule(0.0)) for schedule in schedules.values()]
+        self.register_buffer("factors", torch.tensor(at_first))
 
     def anneal(self, progress: float) -> None:
         self.base.anneal(progress)
-        for i, schedule in enumerate(self.schedules.values()): self.factors[i] = schedule(progress)
+        for i, schedule in enumerate(self.schedules.values()):
+            self.factors[i] = schedule(progress)
 
     def forward(self, z: Tensor) -> Quantized:
         out = self.base(z)
-        return out._replace(losses=out.losses | {k: f * choose(k, out.losses, "loss") for k, f in zip(self.schedules, self.factors)})
+        losses = dict(out.losses)
+        for name, factor in zip(self.schedules, self.factors):
+            losses[name] = factor * choose(name, out.losses, "loss")
+        return out._replace(losses=losses)
 
+# %% ../../nbs/2_quantizers/09_remedies.ipynb #a028b85a
 def scheduled(
-    q: nn.Module,  # any quantizer
-    **schedules,   # name of a loss=function of the progress, 0 to 1: its factor
+    q: nn.Module,                             # any quantizer
+    **schedules: Callable[[float], float],    # name of a loss=function of the progress, 0 to 1: its factor
 ) -> Scheduled:
     "A quantizer with schedules for its losses: `scheduled(q, commitment_loss=ramp(0, 1, until=0.2))`."
     return Scheduled(q, schedules)
@@ -146,66 +190,104 @@ def scheduled(
 # %% ../../nbs/2_quantizers/09_remedies.ipynb #df5829bf
 @torch.no_grad()
 def split_codes(
-    q: Quantizer,      # with an EMA codebook, or codes that learn by gradient; changed in place
+    q: Any,            # a quantizer with an EMA codebook, or codes that learn by gradient; changed in place
     parents: Tensor,   # indices of the codes that split [n]
     children: slice,   # rows of their n children, after those in use
 ) -> None:
     "Put children beside their parents, a hundredth of the codebook's spread away."
-    e, spread = q.codebook[parents], q.codebook[:children.start].std(0, correction=0)
+    spread = q.codebook[:children.start].std(0, correction=0)
+    e = q.codebook[parents]
     e = from_first(q.prepare(e + 0.01 * spread * torch.randn_like(e)).contiguous())
-    if not hasattr(q, "book"): q.embedding[children] = e; return
-    q.book.counts[parents] *= 0.5
-    q.book.sums[parents] *= 0.5
-    counts = q.book.counts[parents]
-    q.book.codes[children], q.book.counts[children], q.book.sums[children] = e, counts, counts[:, None] * e
+    if not hasattr(q, "book"):
+        q.embedding[children] = e
+        return
+    book = q.book
+    book.counts[parents] *= 0.5
+    book.sums[parents] *= 0.5
+    counts = book.counts[parents]
+    book.codes[children] = e
+    book.counts[children] = counts
+    book.sums[children] = counts[:, None] * e
+
+# %% ../../nbs/2_quantizers/09_remedies.ipynb #2df81f12
+def check_growth(
+    base: Any,   # what is to grow
+    start: int,  # codes at first
+) -> None:
+    "A `BavqError` where this cannot grow from so many codes."
+    kinds = (VectorQuantizer, VQEMAQuantizer)
+    advice = "give a VectorQuantizer or a VQEMAQuantizer, and put other pieces around the growing one"
+    require(isinstance(base, kinds), f"a {type(base).__name__} cannot grow: {advice}")
+    K = base.num_embeddings
+    require(start <= K, f"start is {start}, the codebook has {K}: give no more")
+
+# %% ../../nbs/2_quantizers/09_remedies.ipynb #2988014f
+def repeated(
+    rows: Tensor,  # [n, D]
+    K: int,        # how many there should be
+) -> Tensor:       # [K, D]
+    "Rows over and over, until there are K."
+    return rows.repeat(-(-K // len(rows)), 1)[:K]
 
 # %% ../../nbs/2_quantizers/09_remedies.ipynb #2ccdb731
 class GrowingQuantizer(Quantizer):
     "The first codes of a quantizer, more and more of them. `num_embeddings` counts those there are."
+    active_codes: Tensor  # how many there are
+    wins: Tensor          # running count of each code's wins [K]
+
     def __init__(self,
         base: Quantizer,     # for the final size: VectorQuantizer or VQEMAQuantizer, not yet trained
         start: int = 8,      # codes at first
         until: float = 0.5,  # part of the training after which all are there
     ):
-        super().__init__(start, base.embedding_dim, base.commitment_cost, base.init, base.distance, base.gradient)
-        require(start <= base.num_embeddings, f"start is {start}, the codebook has {base.num_embeddings}: give no more")
-        require(isinstance(base, (VectorQuantizer, VQEMAQuantizer)), f"a {type(base).__name__} cannot grow: give a VectorQuantizer or a VQEMAQuantizer, and put other pieces around the growing one")
-        self.base, self.size = base, geometric(int(start), base.num_embeddings, until)
+        check_growth(base, start)
+        super().__init__(
+            start, base.embedding_dim, base.commitment_cost, base.init, base.distance, base.gradient)
+        self.base: Any = base
+        self.size = geometric(int(start), base.num_embeddings, until)
         self.register_buffer("active_codes", torch.tensor(int(start)))
         self.register_buffer("wins", torch.ones(base.num_embeddings))
 
     @property
     def codebook(self): return self.base.codebook[:self.num_embeddings]
-    def write_codes(self, codes):
-        K = self.base.num_embeddings
-        self.base.set_codes(codes.repeat(-(-K // len(codes)), 1)[:K])
-
     def losses(self, x, e): return self.base.losses(x, e)
     def report(self): return self.base.report() | dict(active_codes=self.active_codes.clone())
-    @torch.no_grad()
-    def update(self, x, index):
-        if hasattr(self.base, "book"): learn_first(self.base, x, index, self.num_embeddings)
-        self.wins.lerp_(all_reduce(code_counts(index, len(self.wins)).to(self.wins)), 0.1)
+    def update(self, x, index): learn_growing(self, x, index)
+    def anneal(self, progress): grow_until(self, progress)
 
-    def anneal(self, progress):
-        self.base.anneal(progress)
-        while self._ready and self.num_embeddings < int(self.size(progress) + 1e-6): grow(self, int(self.size(progress) + 1e-6))
+    def write_codes(self, codes):
+        self.base.set_codes(repeated(codes, self.base.num_embeddings))
 
     def _load_from_state_dict(self, *args):
         super()._load_from_state_dict(*args)
         self.num_embeddings = int(self.active_codes)
 
 # %% ../../nbs/2_quantizers/09_remedies.ipynb #d564dc59
-def learn_first(
-    q: VQEMAQuantizer,  # changed in place
-    x: Tensor,          # latents [N, D]
-    index: Tensor,      # their nearest codes, among the first n [N]
-    n: int,             # codes in use
+def first_codes(
+    book: EMACodebook,
+    n: int,  # how many
+) -> EMACodebook:
+    "The first n codes as a codebook of their own, in the same memory: what changes one changes the other."
+    part = EMACodebook(book.codes[:n], book.decay)
+    part.codes = book.codes[:n]
+    part.counts = book.counts[:n]
+    part.sums = book.sums[:n]
+    return part
+
+# %% ../../nbs/2_quantizers/09_remedies.ipynb #345ad314
+@torch.no_grad()
+def learn_growing(
+    q: GrowingQuantizer,  # changed in place
+    x: Tensor,            # latents [N, D]
+    index: Tensor,        # their nearest codes, among those there are [N]
 ) -> None:
-    "An update of the first n codes alone, as if there were no others: a fair share is one of n."
-    part = SimpleNamespace(decay=q.book.decay, **{name: v[:n] for name, v in q.book.named_buffers()})   # the same memory
-    EMACodebook.absorb(part, *hard_statistics(x, index, n))
-    revive(part, x, q.restart_below, q.restart_at)
+    "An update of the codes there are, as if there were no others: a fair share is one of n."
+    base, n = q.base, q.num_embeddings
+    if hasattr(base, "book"):
+        part = first_codes(base.book, n)
+        part.absorb(*hard_statistics(x, index, n))
+        revive(part, x, base.restart_below, base.restart_at)
+    q.wins.lerp_(all_reduce(code_counts(index, len(q.wins)).to(q.wins)), 0.1)
 
 # %% ../../nbs/2_quantizers/09_remedies.ipynb #86d76ebd
 @torch.no_grad()
@@ -222,18 +304,31 @@ def grow(
     q.wins[n:m] = q.wins[parents]
     q.num_embeddings = int(q.active_codes.fill_(m))
 
+# %% ../../nbs/2_quantizers/09_remedies.ipynb #4c7bf327
+def grow_until(
+    q: GrowingQuantizer,  # changed in place, once its first codes are set
+    progress: float,      # of the training, 0 to 1
+) -> None:
+    "Split codes until there are as many as there should be by now."
+    q.base.anneal(progress)
+    size = int(q.size(progress) + 1e-6)
+    while q._ready and q.num_embeddings < size:
+        grow(q, size)
+
 # %% ../../nbs/2_quantizers/09_remedies.ipynb #7412935a
 @register_quantizer("vq_entropy")
-def entropy_vq(num_embeddings, embedding_dim, entropy_weight=0.01, sharpness=5.0, **options):
+def entropy_vq(num_embeddings, embedding_dim, entropy_weight=0.01, sharpness=5.0, **options) -> WithLosses:
     "`VectorQuantizer` with the entropy term, which reaches encoder and codes."
-    return with_losses(VectorQuantizer(num_embeddings, embedding_dim, **options), entropy_loss=entropy_term(entropy_weight, sharpness, codes=True))
+    q = VectorQuantizer(num_embeddings, embedding_dim, **options)
+    return with_losses(q, entropy_loss=entropy_term(entropy_weight, sharpness, codes=True))
 
 @register_quantizer("vq_ema_warmup")
-def warmup_vq_ema(num_embeddings, embedding_dim, until=0.2, **options):
+def warmup_vq_ema(num_embeddings, embedding_dim, until=0.2, **options) -> Scheduled:
     "`VQEMAQuantizer` whose commitment rises from zero over the first part of training."
-    return scheduled(VQEMAQuantizer(num_embeddings, embedding_dim, **options), commitment_loss=ramp(0, 1, until))
+    q = VQEMAQuantizer(num_embeddings, embedding_dim, **options)
+    return scheduled(q, commitment_loss=ramp(0, 1, until))
 
 @register_quantizer("vq_ema_growing")
-def growing_vq_ema(num_embeddings, embedding_dim, start=8, until=0.5, **options):
+def growing_vq_ema(num_embeddings, embedding_dim, start=8, until=0.5, **options) -> GrowingQuantizer:
     "`VQEMAQuantizer` that starts with few codes."
     return GrowingQuantizer(VQEMAQuantizer(num_embeddings, embedding_dim, **options), start, until)

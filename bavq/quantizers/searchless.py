@@ -5,42 +5,62 @@
 # %% ../../nbs/2_quantizers/08_searchless.ipynb #803d8fed
 from __future__ import annotations
 import math
+from collections.abc import Callable, Sequence
+from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from .schedules import as_schedule
-from .composite import all_codes, part_sizes, join_indices, batch_usage, prime_factors, split_indices, precise_rows
 from ..core.distributed import all_reduce
-from ..core.errors import choose, is_number, require, typed
-from .base import (Quantized, Quantizer, check_finite, check_indices, from_rows, full_precision, init_uniform, initialise,
-                            latent_rows, quantize, register_quantizer, squared_distances, straight_through)
+from ..core.errors import BavqError, choose, is_number, require, typed
+from .base import (Quantized, Quantizer, check_finite, check_indices, from_rows,
+                                  full_precision, init_uniform, initialise, latent_rows, quantize,
+                                  register_quantizer, squared_distances, straight_through)
+from .composite import (all_codes, batch_usage, join_indices, part_sizes, precise_rows,
+                                       prime_factors, split_indices)
+from .schedules import as_schedule
 
 # %% auto #0
-__all__ = ['SAMPLES', 'GumbelQuantizer', 'draw', 'bound', 'level_codes', 'code_levels', 'default_levels', 'FSQQuantizer',
-           'round_latents', 'grid_points']
+__all__ = ['GumbelQuantizer', 'FSQQuantizer']
 
-# %% ../../nbs/2_quantizers/08_searchless.ipynb #9db0a256
+# %% ../../nbs/2_quantizers/08_searchless.ipynb #9989c2eb
 SAMPLES = dict(hard=True, soft=False)
 
+def temperature_schedule(
+    temperature: Any,  # a number, a pair (start, end), or a function of progress
+) -> Callable[[float], float]:
+    "The temperature as a function of the progress, 0 to 1."
+    ends = temperature if isinstance(temperature, (tuple, list)) else (temperature,)
+    in_range = len(ends) <= 2 and all(is_number(t) and 1e-12 <= t <= 1e12 for t in ends)
+    require(
+        callable(temperature) or in_range,
+        f"temperature is {temperature}: "
+        "give a number above 0, from 1e-12 to 1e12, or a pair of them (start, end)")
+    return as_schedule(temperature)
+
+# %% ../../nbs/2_quantizers/08_searchless.ipynb #9db0a256
 @register_quantizer("gumbel")
 class GumbelQuantizer(Quantizer):
-    "Codes drawn in training, at a falling temperature; the nearest code in use (Jang et al. 2017; Maddison et al. 2017)."
+    """Codes drawn in training, at a falling temperature; the nearest code in use.
+
+    Jang et al. 2017; Maddison et al. 2017."""
+    temperature: Tensor  # of the moment
+
     @typed
     def __init__(self,
         num_embeddings: int,             # K, number of codes
         embedding_dim: int,              # D, dimension of a code
         commitment_cost: float = 0.25,   # weight of the commitment loss
-        temperature=(1.0, 0.03),         # in units of d_ref: a number, a pair (start, end), or a function of progress
-        sample: str = "hard",            # what the decoder sees in training: the code drawn (hard) or the blend (soft)
+        temperature: Any = (1.0, 0.03),  # in units of d_ref: number, pair (start, end), or function
+        sample: str = "hard",            # what training decodes: hard, the code drawn; soft, the blend
         init: str = "kmeans++",          # where codes start: kmeans++, data, uniform
         distance: str = "euclidean",     # euclidean or cosine
     ):
         super().__init__(num_embeddings, embedding_dim, commitment_cost, init, distance)
-        ends = temperature if isinstance(temperature, (tuple, list)) else (temperature,)
-        require(callable(temperature) or len(ends) <= 2 and all(is_number(t) and 1e-12 <= t <= 1e12 for t in ends), f"temperature is {temperature}: give a number above 0, from 1e-12 to 1e12, or a pair of them (start, end)")
-        self.schedule, self.hard = as_schedule(temperature), choose(sample, SAMPLES, "sample")
+        self.schedule = temperature_schedule(temperature)
+        self.hard = choose(sample, SAMPLES, "sample")
         self.estimate = None  # the gradient goes through the draw
-        self.embedding = nn.Parameter(self.prepare(init_uniform(torch.empty(1, embedding_dim), num_embeddings)))
+        codes = init_uniform(torch.empty(1, embedding_dim), num_embeddings)
+        self.embedding = nn.Parameter(self.prepare(codes))
         self.register_buffer("temperature", torch.tensor(float(self.schedule(0.0))))
 
     @property
@@ -48,32 +68,48 @@ class GumbelQuantizer(Quantizer):
     def write_codes(self, codes): self.embedding.data.copy_(codes)
     def anneal(self, progress): self.temperature.fill_(self.schedule(progress))
     def report(self): return dict(temperature=self.temperature.clone())
-    def forward(self, z): return draw(self, z) if self.training else quantize(self, z)
-    def extra_repr(self): return f"K={self.num_embeddings}, D={self.embedding_dim}, distance={self.distance}, sample={'hard' if self.hard else 'soft'}"
+    def forward(self, z): return quantize_by_drawing(self, z) if self.training else quantize(self, z)
+
+    def extra_repr(self):
+        sample = "hard" if self.hard else "soft"
+        return f"K={self.num_embeddings}, D={self.embedding_dim}, distance={self.distance}, sample={sample}"
 
 # %% ../../nbs/2_quantizers/08_searchless.ipynb #b770efd7
-def draw(
+def quantize_by_drawing(
     q: GumbelQuantizer,  # in training
-    z: Tensor,           # latents [B, D, H, W] or [N, D]
+    z: Tensor,           # latents [B, D, *space] or [N, D]
 ) -> Quantized:
     "One training pass: draws, blends, and the commitment to them."
     with full_precision(z):
         x = latent_rows(q, z)
-        if not q._ready: initialise(q, x.detach())
-        e, d = q.codebook, squared_distances(x, q.codebook)
-        near, all_norms, n = all_reduce(torch.stack([d.detach().amin(1).sum(), x.detach().square().sum(), x.new_tensor(float(len(x)))]))
-        d_ref = torch.maximum(near, 1e-6 * all_norms) / n + 1e-20  # above rounding
-        y = F.gumbel_softmax(-d / (q.temperature * d_ref))
-        index, blend = y.argmax(1), y @ (e.detach() if q.hard else e)
+        if not q._ready:
+            initialise(q, x.detach())
+        e = q.codebook
+        d = squared_distances(x, e)
+        y = F.gumbel_softmax(-d / (q.temperature * mean_nearest_distance(x, d)))
+        index = y.argmax(1)
+        blend = y @ (e.detach() if q.hard else e)
         z_q = F.embedding(index, e) + (blend - blend.detach()) if q.hard else blend
-        metrics = dict(code_indices=from_rows(index, z.shape), **batch_usage(index, q.num_embeddings), **q.report())
+        metrics = batch_usage(index, q.num_embeddings) | q.report()
+        metrics["code_indices"] = from_rows(index, z.shape)
         return Quantized(from_rows(z_q, z.shape), q.losses(x, blend), metrics)
+
+# %% ../../nbs/2_quantizers/08_searchless.ipynb #131f980c
+def mean_nearest_distance(
+    x: Tensor,  # this process's latents [N, D]
+    d: Tensor,  # their squared distances to the codes [N, K]
+) -> Tensor:
+    "d_ref: the mean squared distance to the nearest code, over all processes."
+    x = x.detach()
+    sums = torch.stack([d.detach().amin(1).sum(), x.square().sum(), x.new_tensor(float(len(x)))])
+    near, all_norms, n = all_reduce(sums)
+    return torch.maximum(near, 1e-6 * all_norms) / n + 1e-20
 
 # %% ../../nbs/2_quantizers/08_searchless.ipynb #dd144ed2
 def bound(
     x: Tensor,       # [N, d]
     levels: Tensor,  # L [d]
-) -> Tensor:             # [N, d], from -(L//2) to (L-1)//2 when rounded
+) -> Tensor:        # [N, d], from -(L//2) to (L-1)//2 when rounded
     "Each dimension squashed to the range of its levels (Mentzer et al. 2023)."
     half = (levels - 1) * (1 + 1e-3) / 2
     offset = 0.5 * (levels % 2 == 0).to(levels)
@@ -97,68 +133,93 @@ def code_levels(
 # %% ../../nbs/2_quantizers/08_searchless.ipynb #ee423b2e
 def default_levels(
     num_embeddings: int,  # K
-) -> tuple[int, ...]:         # their product is K
+) -> tuple[int, ...]:     # their product is K
     "The fewest levels of 3 to 8 whose product is K."
-    factors = len(prime_factors(part_sizes(num_embeddings, 1)[0]))
-    splits = [part_sizes(num_embeddings, d) for d in range(1, factors + 1)]
-    good = [s for s in splits if 3 <= min(s) and max(s) <= 8]
-    require(good, f"{num_embeddings} codes do not split into levels of 3 to 8: give levels, or another number such as {2 ** max(2, round(math.log2(num_embeddings)))}")
-    return good[0]
+    K, = part_sizes(num_embeddings, 1)
+    for d in range(1, len(prime_factors(K)) + 1):
+        sizes = part_sizes(K, d)
+        if 3 <= min(sizes) and max(sizes) <= 8:
+            return sizes
+    other = 2 ** max(2, round(math.log2(K)))
+    advice = f"give levels, or another number such as {other}"
+    raise BavqError(f"{num_embeddings} codes do not split into levels of 3 to 8: {advice}")
 
 # %% ../../nbs/2_quantizers/08_searchless.ipynb #169f77f4
 @register_quantizer("fsq")
 class FSQQuantizer(nn.Module):
     "Bounded numbers, rounded (Mentzer et al. 2023). No codebook is learned or searched."
+    levels: Tensor  # L of each dimension [d]
+
     @typed
     def __init__(self,
         num_embeddings: int,  # K, the product of the levels
         embedding_dim: int,   # D of the latents
-        levels=None,          # of each dimension, such as (8, 5, 5, 5); None: chosen for K
+        levels: Sequence[int] | None = None,  # of each dimension, such as (8, 5, 5, 5); None: chosen for K
     ):
         super().__init__()
         require(embedding_dim >= 1, f"embedding_dim is {embedding_dim}: give at least 1")
         self.num_embeddings, self.embedding_dim = int(num_embeddings), int(embedding_dim)
         self.sizes = part_sizes(num_embeddings, levels) if levels else default_levels(num_embeddings)
-        require(3 <= min(self.sizes) and max(self.sizes) <= 256, f"the levels are {self.sizes}: give 3 to 256 for each dimension")
+        fits = 3 <= min(self.sizes) and max(self.sizes) <= 256
+        require(fits, f"the levels are {self.sizes}: give 3 to 256 for each dimension")
         d, D = len(self.sizes), self.embedding_dim
-        self.project_in, self.project_out = (nn.Linear(D, d), nn.Linear(d, D)) if d != D else (nn.Identity(), nn.Identity())
+        self.project_in = nn.Linear(D, d) if d != D else nn.Identity()
+        self.project_out = nn.Linear(d, D) if d != D else nn.Identity()
         self.register_buffer("levels", torch.tensor(self.sizes, dtype=torch.get_default_dtype()))
 
-    def anneal(self, progress: float) -> None: "There is nothing to anneal."
     @property
     def codebook(self) -> Tensor: return all_codes(self)
     def forward(self, z: Tensor) -> Quantized: return round_latents(self, z)
+    def decode(self, indices: Tensor) -> Tensor: return grid_points(self, indices)
+    def anneal(self, progress: float) -> None: "There is nothing to anneal."
+
     @torch.no_grad()
     def encode(self, z: Tensor) -> Tensor:
         check_finite(precise_rows(z, self.embedding_dim))
         return round_latents(self, z).metrics["code_indices"]
-    def decode(self, indices: Tensor) -> Tensor: return grid_points(self, indices)
-    def extra_repr(self): return f"K={'·'.join(map(str, self.sizes))}, D={self.embedding_dim}"
+
+    def extra_repr(self) -> str:
+        return f"K={'·'.join(map(str, self.sizes))}, D={self.embedding_dim}"
 
 # %% ../../nbs/2_quantizers/08_searchless.ipynb #3e191bee
 def round_latents(
     q: FSQQuantizer,
-    z: Tensor,  # latents [B, D, H, W] or [N, D]
+    z: Tensor,  # latents [B, D, *space] or [N, D]
 ) -> Quantized:
     "One forward pass: bound, round, measure."
     with full_precision(z):
         x = precise_rows(z, q.embedding_dim).to(q.levels.dtype)
-        if x.device.type == "cpu": check_finite(x)
+        if x.device.type == "cpu":
+            check_finite(x)
         inside = bound(q.project_in(x), q.levels)
-        digits = (inside.detach().round() + q.levels // 2).long()
         rounded = straight_through(inside, inside.round()) / (q.levels // 2)
-        z_q = q.project_out(rounded) if q.training else q.project_out(rounded).detach()
-        digits = list(digits.unbind(1)); index = join_indices(digits, q.sizes)
-        each = torch.stack([batch_usage(i, L)["perplexity"] for i, L in zip(digits, q.sizes)])
-        metrics = dict(code_indices=from_rows(index, z.shape), part_perplexity=each, **batch_usage(index, q.num_embeddings))
-        return Quantized(from_rows(z_q, z.shape), {}, metrics)
+        z_q = q.project_out(rounded)
+        digits = (inside.detach().round() + q.levels // 2).long()
+        metrics = level_metrics(q, list(digits.unbind(1)), z.shape)
+        return Quantized(from_rows(z_q if q.training else z_q.detach(), z.shape), {}, metrics)
 
+# %% ../../nbs/2_quantizers/08_searchless.ipynb #84e6a32b
+def level_metrics(
+    q: FSQQuantizer,
+    digits: list[Tensor],  # of each dimension [N], 0 to L-1
+    shape: torch.Size,     # of the latents
+) -> dict[str, Tensor]:
+    "The joint index and its use; the perplexity of each dimension."
+    index = join_indices(digits, q.sizes)
+    each = [batch_usage(i, L)["perplexity"] for i, L in zip(digits, q.sizes)]
+    named = dict(code_indices=from_rows(index, shape), part_perplexity=torch.stack(each))
+    return named | batch_usage(index, q.num_embeddings)
+
+# %% ../../nbs/2_quantizers/08_searchless.ipynb #1185d810
 def grid_points(
     q: FSQQuantizer,
-    indices: Tensor,  # [B, H, W] or [N], integers from 0 to K-1
-) -> Tensor:              # [B, D, H, W] or [N, D]
+    indices: Tensor,  # [B, *space] or [N], integers from 0 to K-1
+) -> Tensor:          # [B, D, *space] or [N, D]
     "The codes that indices stand for."
     check_indices(indices, q.num_embeddings)
     digits = torch.stack(split_indices(indices.long().flatten(), q.sizes), 1)
-    with full_precision(indices): e = q.project_out(level_codes(digits, q.levels))
-    return e if indices.dim() == 1 else from_rows(e, (len(indices), q.embedding_dim, *indices.shape[1:]))
+    with full_precision(indices):
+        e = q.project_out(level_codes(digits, q.levels))
+    if indices.dim() == 1:
+        return e
+    return from_rows(e, torch.Size((len(indices), q.embedding_dim, *indices.shape[1:])))

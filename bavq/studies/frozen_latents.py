@@ -5,92 +5,120 @@
 # %% ../../nbs/6_studies/02_frozen_latents.ipynb #885c3967
 from __future__ import annotations
 import time
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
 import torch
 from torch import Tensor
 from ..core.distributed import set_seed
 from ..core.errors import require
 from ..theory.metrics import code_counts, compute_entropy_bits, compute_perplexity, compute_usage_rate
-from ..quantizers.base import make_quantizer, squared_distances
+from ..quantizers.base import Quantizer, make_quantizer, nearest_code, squared_distances
 from ..quantizers.contract import fit_codebook
 from ..theory.rate_distortion import rd_curve
+from ..models.vqvae import VQVAE
 
 # %% auto #0
-__all__ = ['LEARNERS', 'record_latents', 'kmeans_bound', 'latent_rd', 'outcome', 'bench']
+__all__ = ['record_latents', 'kmeans_bound', 'latent_rd', 'bench']
 
 # %% ../../nbs/6_studies/02_frozen_latents.ipynb #0367d247
 @torch.no_grad()
 def record_latents(
-    model,          # a `bavq.models.vqvae.VQVAE`
-    loader,         # batches of (images [B, C, H, W], labels)
-    n: int,         # rows to keep
-    seed: int = 0,  # which ones
-) -> Tensor:        # [n, D]; fewer where there are fewer
+    model: VQVAE,      # whose encoder is asked
+    loader: Iterable,  # batches of (images [B, C, H, W], labels)
+    n: int,            # rows to keep
+    seed: int = 0,     # which ones
+) -> Tensor:           # [n, D]; fewer where there are fewer
     "Latents of a model's encoder, drawn at random from all cells of all images."
     require(n >= 1, f"n is {n}: give at least 1")
     training = model.training
     model.eval()
     rows = torch.cat([model.encode_latents(x).movedim(1, -1).flatten(0, 2) for x, _ in loader])
     model.train(training)
-    return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:n]].contiguous()
+    kept = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:n]
+    return rows[kept].contiguous()
 
 # %% ../../nbs/6_studies/02_frozen_latents.ipynb #f76f39ad
 def kmeans_bound(
-    x: Tensor,                # latents to learn from [N, D]
-    num_embeddings: int,      # K
-    restarts: int = 10,       # of which the best is kept
-    seed: int = 0,            # of the starts
-) -> Tensor:                  # codes [K, D]
+    x: Tensor,            # latents to learn from [N, D]
+    num_embeddings: int,  # K
+    restarts: int = 10,   # of which the best is kept
+    seed: int = 0,        # of the starts
+) -> Tensor:              # codes [K, D]
     "The codebook of the best of several k-means runs."
     from sklearn.cluster import KMeans
-    require(len(x) >= num_embeddings, f"{len(x)} latents for {num_embeddings} codes: give at least as many latents as codes")
+    fix = "give at least as many latents as codes"
+    require(len(x) >= num_embeddings, f"{len(x)} latents for {num_embeddings} codes: {fix}")
     found = KMeans(num_embeddings, n_init=restarts, random_state=seed).fit(x.cpu().double().numpy())
     return torch.as_tensor(found.cluster_centers_, dtype=x.dtype, device=x.device)
 
 # %% ../../nbs/6_studies/02_frozen_latents.ipynb #07f65c20
 def latent_rd(
-    x: Tensor,                # a sample of latents [N, D], N up to a few thousand
-    codes: Tensor,            # more reproductions [K, D]
-    points: int = 10,         # of the curve
-) -> tuple[Tensor, Tensor]:   # rates in bits and errors, squared distances: [points] each
+    x: Tensor,               # a sample of latents [N, D], N up to a few thousand
+    codes: Tensor,           # more reproductions [K, D]
+    points: int = 10,        # of the curve
+) -> tuple[Tensor, Tensor]:  # rates in bits and errors, squared distances: [points] each
     "R(D) of the latents' empirical distribution, reproduced by latents and codes."
     d = squared_distances(x.double(), torch.cat([x, codes]).double())
-    scale = squared_distances(x.double(), codes.double()).amin(1).mean()
-    return rd_curve(d, (torch.logspace(-1.5, 1.0, points, dtype=torch.float64) / scale).tolist(), iterations=200, tol=1e-3)
+    error_of_codes = squared_distances(x.double(), codes.double()).amin(1).mean()
+    betas = torch.logspace(-1.5, 1.0, points, dtype=torch.float64) / error_of_codes
+    return rd_curve(d, betas.tolist(), iterations=200, tol=1e-3)
 
 # %% ../../nbs/6_studies/02_frozen_latents.ipynb #401da960
-LEARNERS = {   # name in tables: quantizer, options
-    "vq": ("vq", {}), "vq_ema_spec": ("vq_ema_spec", {}), "vq_ema_data": ("vq_ema", dict(init="data", restart_below=0)),
-    "vq_ema": ("vq_ema", {}), "ba_vq_free": ("ba_vq", dict(marginal="free")), "ba_vq_uniform": ("ba_vq", dict(marginal="uniform")), "ba_vq": ("ba_vq", {})}
+LEARNERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "vq": ("vq", {}),
+    "vq_ema_spec": ("vq_ema_spec", {}),
+    "vq_ema_data": ("vq_ema", dict(init="data", restart_below=0)),
+    "vq_ema": ("vq_ema", {}),
+    "ba_vq_free": ("ba_vq", dict(marginal="free")),
+    "ba_vq_uniform": ("ba_vq", dict(marginal="uniform")),
+    "ba_vq": ("ba_vq", {}),
+}
 
+# %% ../../nbs/6_studies/02_frozen_latents.ipynb #622eb3f9
 def outcome(
     codes: Tensor,     # [K, D]
-    held_out: Tensor,  # latents [N, D]
+    held_out: Tensor,  # latents that were not learned from [N, D]
 ) -> dict[str, float]:
-    "Mean squared distance to the nearest code, and how the codes are used, on latents that were not learned from."
-    from bavq.quantizers.base import nearest_code
+    "Mean squared distance `error` to the nearest code, and how the codes are used."
     index = nearest_code(held_out, codes)
     counts = code_counts(index, len(codes))
-    return dict(error=(held_out - codes[index]).square().sum(1).mean().item(), perplexity=compute_perplexity(counts).item(),
-                usage_rate=compute_usage_rate(counts).item(), bits=compute_entropy_bits(counts).item())
+    return dict(
+        error=(held_out - codes[index]).square().sum(1).mean().item(),
+        perplexity=compute_perplexity(counts).item(),
+        usage_rate=compute_usage_rate(counts).item(),
+        bits=compute_entropy_bits(counts).item(),
+    )
 
+def _timed_outcome(learn: Callable[[], Tensor], held_out: Tensor) -> dict[str, float]:
+    "Of the codes that `learn` returns, with the seconds that learning and judging took."
+    began = time.perf_counter()
+    found = outcome(learn(), held_out)
+    return found | dict(seconds=round(time.perf_counter() - began, 2))
+
+# %% ../../nbs/6_studies/02_frozen_latents.ipynb #1f9cc129
 def bench(
-    x: Tensor,                # latents to learn from [N, D]
-    held_out: Tensor,         # latents to judge by [M, D]
-    num_embeddings: int,      # K
-    learners=LEARNERS,        # name: (quantizer, options)
-    steps: int = 500,         # batches
-    batch_size: int = 1024,   # latents in each
-    seed: int = 0,            # codes that start at random, and the order
-    restarts: int = 3,        # of k-means
-) -> list[dict]:              # a row for each learner, k-means first
+    x: Tensor,               # latents to learn from [N, D]
+    held_out: Tensor,        # latents to judge by [M, D]
+    num_embeddings: int,     # K
+    learners: dict[str, tuple[str, dict[str, Any]]] = LEARNERS,  # name: (quantizer, options)
+    steps: int = 500,        # batches
+    batch_size: int = 1024,  # latents in each
+    seed: int = 0,           # codes that start at random, and the order
+    restarts: int = 3,       # of k-means
+) -> list[dict[str, Any]]:   # a row for each learner, k-means first
     "Every learner on the same latents in the same order, beside the best k-means."
-    rows = [dict(learner="kmeans", **_timed(lambda: outcome(kmeans_bound(x, num_embeddings, restarts, seed), held_out)))]
+    def kmeans():
+        return kmeans_bound(x, num_embeddings, restarts, seed)
+
+    rows: list[dict[str, Any]] = [dict(learner="kmeans", **_timed_outcome(kmeans, held_out))]
     for name, (quantizer, options) in learners.items():
         set_seed(seed)
         q = make_quantizer(quantizer, num_embeddings, x.shape[1], **options).to(x.device)
-        rows.append(dict(learner=name, **_timed(lambda: outcome(fit_codebook(q, x, steps, batch_size, seed=seed).codebook.detach(), held_out))))
+        learn = partial(_learned_codes, q, x, steps, batch_size, seed)
+        rows.append(dict(learner=name, **_timed_outcome(learn, held_out)))
     return rows
 
-def _timed(f):
-    began = time.perf_counter()
-    return f() | dict(seconds=round(time.perf_counter() - began, 2))
+# %% ../../nbs/6_studies/02_frozen_latents.ipynb #5ffa51c4
+def _learned_codes(q: Quantizer, x: Tensor, steps: int, batch_size: int, seed: int) -> Tensor:
+    return fit_codebook(q, x, steps, batch_size, seed=seed).codebook.detach()

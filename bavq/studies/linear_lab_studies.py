@@ -19,7 +19,8 @@ import torch
 from ..core.errors import require
 from ..core.storage import atomic_write, write_json
 from ..theory.statistics import mean_interval, paired_difference
-from ..training.experiments import cores, environment
+from ..training.experiments import environment
+from ..training.sweeps import cores
 from ..core.storage import read_json
 from .linear_lab import TRAINERS, Lab, LowRankSource, distortion_bound, fit_linear, linear_scores
 

@@ -207,6 +207,7 @@ def newest_weights(
         raise BavqError(f"{folder} holds no weights yet: resume the run first")
     return state["model_state_dict"]
 
+# %% ../../nbs/4_training/02_checkpoints.ipynb #15acf2cf
 def image_channels(
     state: dict[str, torch.Tensor],  # of a model
 ) -> int:

@@ -102,6 +102,7 @@ def code_meters(
         meters["_top"] = CodeMeter(top.num_embeddings)
     return meters
 
+# %% ../../nbs/4_training/03_loop.ipynb #801c8353
 def codebook_metrics(
     model: VQVAE,                  # or a VQVAE2
     meters: dict[str, CodeMeter],  # of `code_meters`, filled
@@ -280,6 +281,7 @@ def write_epoch(
     if main and due:
         save_checkpoint(t, folder)
 
+# %% ../../nbs/4_training/03_loop.ipynb #a9cb9b6a
 def write_final(
     t: Training,   # after its last epoch
     folder: Path,  # of the run
@@ -327,6 +329,7 @@ def one_epoch(
         tqdm.write(epoch_line(entry, t.config.epochs))
     return entry
 
+# %% ../../nbs/4_training/03_loop.ipynb #8c636999
 def end_epoch(
     t: Training,             # changed in place
     entry: dict[str, Any],   # of the history
@@ -400,6 +403,7 @@ def start_log(
                         f"run `wandb login`, or set WANDB_MODE=offline") from None
     return lambda entry: t.accelerator.log(tracked(entry), step=entry["epoch"])
 
+# %% ../../nbs/4_training/03_loop.ipynb #85900c05
 def tracked(
     entry: dict,  # of the history
 ) -> dict[str, float]:

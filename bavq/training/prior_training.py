@@ -58,6 +58,7 @@ def encode_all(
     grids = [np.concatenate(level).astype(kind) for level, kind in zip(levels, small)]
     return grids, np.concatenate(labels).astype(np.int64)
 
+# %% ../../nbs/4_training/06_prior_training.ipynb #67d2c4ab
 def encode_in_order(
     model: Any,        # a VQVAE, or a VQVAE2
     loader: Any,       # of training images
@@ -144,6 +145,7 @@ def with_neighbour(
     padded = F.pad(code, (left, 0, above, 0), value=num_embeddings)
     return padded[:, :code.shape[1], :code.shape[2]], code
 
+# %% ../../nbs/4_training/06_prior_training.ipynb #78cdb5ee
 def context_bits(
     counted: np.ndarray,     # [N, H, W] grids that the table is made of
     coded: np.ndarray,       # [M, H, W] grids that pay
@@ -229,17 +231,15 @@ class CodeBatches:
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
         "Choose the order of `epoch`, and the step to begin with when iterating."
-        self.epoch = epoch
-        self.start = start
+        self.epoch, self.start = epoch, start
 
     def __len__(self) -> int:
         whole, rest = divmod(self.num_images, self.batch_size)
         return whole if self.train or not rest else whole + 1
 
     def __iter__(self) -> Iterator[tuple]:
-        order = torch.arange(self.num_images)
-        if self.train:
-            order = epoch_order(self.num_images, self.seed, self.epoch)
+        n = self.num_images
+        order = epoch_order(n, self.seed, self.epoch) if self.train else torch.arange(n)
         for i in order.split(self.batch_size)[self.start:len(self)]:
             cond = None if self.cond is None else self._take(self.cond, i)
             yield (self._take(self.grids, i), cond), None
@@ -262,6 +262,7 @@ def check_prior_config(
             f"give a rate above 0, and a part of the training from 0 to 1")
     return c
 
+# %% ../../nbs/4_training/06_prior_training.ipynb #167db815
 def code_loaders(
     c: PriorConfig,        # batch size and seed
     codes: Codes,          # on which grids
@@ -304,6 +305,7 @@ def bits_per_code(
     prior.train(was_training)
     return nats / prior.length / math.log(2)
 
+# %% ../../nbs/4_training/06_prior_training.ipynb #815264b9
 def prior_epoch(
     t: Training,       # changed in place
     folder: Path,      # of the prior
@@ -394,6 +396,7 @@ def prior_epochs(
         if t.epoch % c.checkpoint_every == 0 or t.epoch == c.epochs:
             save_checkpoint(t, folder)
 
+# %% ../../nbs/4_training/06_prior_training.ipynb #a73faac1
 def write_final_prior(
     t: Training,   # after its last epoch
     folder: Path,  # of the prior
@@ -461,6 +464,7 @@ def decoded_tests(
     images = model.decode_codes(torch.from_numpy(grids[:n].astype(np.int64)))
     return torch.cat([images, blank])[:n]
 
+# %% ../../nbs/4_training/06_prior_training.ipynb #d95e6aec
 def samples_figure(
     folder: str | Path,  # of a trained prior, in priors/ of its run
     n: int = 8,          # images of each class
