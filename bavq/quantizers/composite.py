@@ -283,9 +283,10 @@ class ProductQuantizer(CompositeQuantizer):
         base: str = "ba_vq",   # registered name of the quantizer of each group
         **options: Any,        # more arguments of it
     ):
-        listed = isinstance(groups, (tuple, list))
-        require(listed or is_whole(groups), f"groups is {groups!r}: give how many, or the codes of each")
-        M = len(groups) if listed else int(groups)
+        given: Any = groups
+        listed = isinstance(given, (tuple, list))
+        require(listed or is_whole(given), f"groups is {given!r}: give how many, or the codes of each")
+        M = len(given) if listed else int(given)
         require(
             M >= 1 and embedding_dim % M == 0,
             f"embedding_dim {embedding_dim} does not divide into {M} groups: give a multiple of the groups")
