@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 from torch.utils.weak import WeakIdKeyDictionary
-from ..core.errors import BavqError, needs, require, typed
+from ..core.errors import BavqError, brief, needs, require, typed
 from ..core.storage import atomic_write
 from ..core.registry import Registry
 
@@ -123,7 +123,7 @@ def with_digests(
     canonical: bool = True,         # sort each part by digest; else keep the order
 ) -> dict[str, np.ndarray]:
     "The arrays, and the digests of both parts, in canonical order."
-    result = {}
+    result: dict[str, np.ndarray] = {}
     for part in ("train", "test"):
         images, labels = arrays[part], arrays[f"{part}_labels"]
         digests = image_digests(torch.from_numpy(images))
@@ -206,7 +206,7 @@ def cached(
         warnings.warn(f"{problem}: set BAVQ_CACHE to a folder that can be written")
     return build() if arrays is None else arrays
 
-def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
+def write_arrays(path: Path, arrays: dict[str, Any]) -> None:
     "An .npz file that is there whole or not at all."
     atomic_write(path, lambda f: np.savez(f, **arrays))
 
@@ -421,11 +421,12 @@ def load_arrays(
     path: str | Path,  # .npy or .npz
 ) -> ImageData:
     "Images from a file: train, test (train_labels, test_labels), or x_train, …, or one array (and labels)."
-    stored, arrays = read_arrays(path), {}
+    stored = read_arrays(path)
+    arrays: dict[str, np.ndarray] = {}
     names = dict(train="x_train", test="x_test", train_labels="y_train", test_labels="y_test")
     for name, other in names.items():
         if name in stored or other in stored:
-            arrays[name] = stored.get(name, stored.get(other))
+            arrays[name] = stored[name if name in stored else other]
     if not {"train", "test"} <= arrays.keys():
         arrays = _split_one_array(stored, path)
     for part in ("train", "test"):
@@ -619,20 +620,31 @@ def is_folder(
 # %% ../../nbs/4_training/01_data.ipynb #c304a73f
 BUILT_IN = "photos", *TORCHVISION   # in canonical order, or in an order of their own
 
+def _call_dataset(name, function, root):
+    try:
+        signature = inspect.signature(function)
+        options = {"root": root} if "root" in signature.parameters else {}
+        signature.bind(**options)
+    except (TypeError, ValueError):
+        cure = "give a function without arguments that returns an ImageData"
+        raise BavqError(f"the data set {brief(name)} cannot be called: {cure}") from None
+    return function(**options)
+
 def load_named(
     name: str,       # a registered name, package.module:function, or an entry point
     root: str = "",  # where its files lie, if the function asks
 ) -> ImageData:
     "What a data set's function returns, checked, in canonical order."
-    function = _find_dataset(name)
-    options = {"root": root} if "root" in inspect.signature(function).parameters else {}
-    data = function(**options)
+    data = _call_dataset(name, _find_dataset(name), root)
     if name in BUILT_IN:
         return data
     given = type(data).__name__
     fits = getattr(data, "_fields", ()) == ImageData._fields
     fits = fits and data.train.dtype == data.test.dtype == torch.uint8
     require(fits, f"the data set {name} gave {given}: return an ImageData of uint8 images")
+    counts = [len(t) for t in data[:4]]
+    same = counts[0] == counts[1] and counts[2] == counts[3]
+    require(same, f"the data set {name} gave {counts} images and labels: give each image a label")
     arrays = dict(zip(("train", "train_labels", "test", "test_labels"), (t.numpy() for t in data[:4])))
     return as_image_data(with_digests(arrays), data.name, data.classes)
 
