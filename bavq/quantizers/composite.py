@@ -184,11 +184,8 @@ class CompositeQuantizer(Sharing):
         return f"K={'·'.join(map(str, self.sizes))}, D={self.embedding_dim}"
 
 # %% ../../nbs/2_quantizers/07_composite.ipynb #6ab9f7a5
-def check_joinable(
-    parts: Sequence[Any],   # quantizers
-    sizes: Sequence[int],   # codes that each should have
-) -> None:
-    "A `BavqError` where parts cannot be joined."
+def check_joinable(parts: Sequence[Any], sizes: Sequence[int]) -> None:
+    "A `BavqError` where quantizers of so many codes each cannot be joined."
     fixed = all(p.num_embeddings == size for p, size in zip(parts, sizes))
     require(fixed, "parts that grow cannot be joined: let a quantizer of its own grow")
     dropping = any(getattr(p, "dropout", 0) for p in parts)
