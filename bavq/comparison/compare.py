@@ -136,6 +136,7 @@ _QUICK = _STRONG | {"restart_below": "0.3", "restart_at": "0.3"}
 ARMS = {   # short name: quantizer, options
     "vq_ema": ("vq_ema", _STRONG),
     "vq_ema_quick": ("vq_ema", _QUICK),
+    "vq_ema_unrevived": ("vq_ema", _STRONG | {"restart_below": "0"}),
     "vq_ema_data": ("vq_ema", _STRONG | {"init": "data", "restart_below": "0"}),
     "vq_ema_spec": ("vq_ema_spec", {}),
     "peer_vq": ("peer_vq", _STRONG),
@@ -146,6 +147,7 @@ ARMS = {   # short name: quantizer, options
     "ba_vq_free": ("ba_vq", _STRONG | {"marginal": "free"}),
     "ba_vq_spec": ("ba_vq_spec", {}),
 }
+_CONTROL = "vq_ema_unrevived"   # of `06_control`, not of this study
 
 # %% ../../nbs/7_comparison/01_compare.ipynb #7585374a
 def arm(
@@ -160,7 +162,7 @@ def arm(
 
 # %% ../../nbs/7_comparison/01_compare.ipynb #39d869d2
 def answer_configs(
-    arms: Sequence[str] = tuple(ARMS),                         # short names
+    arms: Sequence[str] = tuple(a for a in ARMS if a != _CONTROL),  # short names
     data: Sequence[str] = STUDY_DATA,                          # data sets
     codebook_sizes: Sequence[int] = (256, 512, 1024, 4096),    # K
     embedding_dims: Sequence[int] = (16, 64, 256),             # D

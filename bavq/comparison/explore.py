@@ -4,12 +4,17 @@
 
 # %% ../../nbs/7_comparison/02_explore.ipynb #425f63bb
 from __future__ import annotations
-import base64, html, importlib, io, math
-from collections import namedtuple
+import base64
+import html
+import importlib
+import io
+import math
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache, partial
 from itertools import product
 from pathlib import Path
-from typing import Callable, NamedTuple
+from types import ModuleType
+from typing import Any, NamedTuple, cast
 import numpy as np
 import torch
 from torch import Tensor
@@ -22,18 +27,16 @@ from ..quantizers.base import squared_distances
 from ..theory.rate_distortion import critical_beta, rd_curve
 
 # %% auto #0
-__all__ = ['Stage', 'BetaPath', 'RECORDS', 'Latents', 'SHAPES', 'View', 'as_html', 'Sheet', 'widgets', 'explorer', 'toy_source',
-           'anneal', 'beta_path', 'toy_bound', 'groups_of', 'beta_view', 'beta_explorer', 'read_record', 'load_latents',
-           'effective_codes', 'effective_table', 'by_entropy', 'make_schedule', 'schedule_view', 'schedule_explorer',
-           'recorded_sizes', 'recorded_run', 'image_from_text', 'size_view', 'size_explorer']
+__all__ = ['beta_view', 'beta_explorer', 'schedule_view', 'schedule_explorer', 'size_view', 'size_explorer']
 
 # %% ../../nbs/7_comparison/02_explore.ipynb #9f2ac8eb
 class View(NamedTuple):
     "What is shown after a move; a notebook shows its picture."
-    picture: object  # PIL.Image
-    text: str        # the same in a sentence
+    picture: Any  # PIL.Image
+    text: str     # the same in a sentence
 
-    def __repr__(self): return self.text
+    def __repr__(self) -> str:
+        return self.text
 
     def _repr_png_(self) -> bytes:
         f = io.BytesIO()
@@ -42,332 +45,611 @@ class View(NamedTuple):
 
 def as_html(view: View) -> str:
     "A view as HTML: the picture, with the sentence as alternative text and as caption."
-    text, png = html.escape(view.text), base64.b64encode(view._repr_png_()).decode()
+    text = html.escape(view.text)
+    png = base64.b64encode(view._repr_png_()).decode()
     picture = f'<img alt="{text}" src="data:image/png;base64,{png}" style="max-width: 100%"/>'
-    return f'<figure style="margin: 0">{picture}<figcaption role="status" style="line-height: 1.5">{text}</figcaption></figure>'
+    caption = f'<figcaption role="status" style="line-height: 1.5">{text}</figcaption>'
+    return f'<figure style="margin: 0">{picture}{caption}</figure>'
 
 # %% ../../nbs/7_comparison/02_explore.ipynb #ec56b192
 class Sheet:
     "A row of panels in the house style; what stays is drawn once."
-    def __init__(self, ncols: int, width: float, height: float, fixed: Callable):   # inches of one panel; draws what stays and sets limits
+
+    def __init__(
+        self,
+        ncols: int,                        # panels
+        width: float,                      # of one panel, in inches
+        height: float,                     # of one panel, in inches
+        draw_fixed: Callable[[Any], Any],  # called with the axes: draws what stays and sets limits
+    ):
         self.fig, self.axes = figure(1, ncols, width, height)
-        self.fig.set_layout_engine("none")
-        for i, ax in enumerate(self.axes): ax.set_position([(i + 0.6 / width) / ncols, 0.5 / height, (1 - 0.75 / width) / ncols, 1 - 0.8 / height])
-        with house_style(): fixed(self.axes)
-        for ax in self.axes: ax.autoscale(False)
-        self.canvas = self.fig.canvas
+        _place_panels(self.fig, self.axes, width, height)
+        with house_style():
+            draw_fixed(self.axes)
+        for ax in self.axes:
+            ax.autoscale(False)
+        self.canvas = cast(Any, self.fig.canvas)
         self.canvas.draw()
         self.paper = self.canvas.copy_from_bbox(self.fig.bbox)
         plt.close(self.fig)   # else the notebook would show it as well
 
-    def picture(self, moving: Callable = lambda axes: []):   # called with the axes; returns the artists it adds
+    def picture(
+        self,
+        draw_moving: Callable[[Any], Sequence] | None = None,  # called with the axes: the artists it adds
+    ) -> Any:
         "The sheet and what moves, as a picture; the sheet stays as it was."
         from PIL import Image
         self.canvas.restore_region(self.paper)
-        with house_style(): artists = moving(self.axes)
-        for a in sorted(artists, key=lambda a: a.zorder): a.draw(self.canvas.get_renderer())
-        for a in artists: a.remove()
+        with house_style():
+            artists = draw_moving(self.axes) if draw_moving else []
+        for artist in sorted(artists, key=lambda a: a.zorder):
+            artist.draw(self.canvas.get_renderer())
+        for artist in artists:
+            artist.remove()
         return Image.fromarray(np.array(self.canvas.buffer_rgba())[..., :3])
 
+# %% ../../nbs/7_comparison/02_explore.ipynb #7b76f9f1
+def _place_panels(fig: Any, axes: Any, width: float, height: float) -> None:
+    "Fixed margins round each panel, in inches, so that no picture shifts when it is drawn again."
+    fig.set_layout_engine("none")
+    ncols = len(axes)
+    for i, ax in enumerate(axes):
+        left = (i + 0.6 / width) / ncols
+        ax.set_position([left, 0.5 / height, (1 - 0.75 / width) / ncols, 1 - 0.8 / height])
+
 # %% ../../nbs/7_comparison/02_explore.ipynb #c857d8f2
-def widgets():
+def widgets() -> ModuleType:
     "The module `ipywidgets`, or a `BavqError` that says how to install it."
-    try: return importlib.import_module("ipywidgets")
-    except ImportError as e: raise BavqError(f"ipywidgets cannot be imported ({e}): pip install 'bavq[notebooks]'") from None
+    try:
+        return importlib.import_module("ipywidgets")
+    except ImportError as e:
+        raise BavqError(f"ipywidgets cannot be imported ({e}): pip install 'bavq[notebooks]'") from None
 
 def explorer(
-    view: Callable,          # called with the controls' values, returns a `View`
-    controls: dict,          # argument of the view: the widget that sets it
-    more=(),                 # other widgets beside the controls
-):
+    view: Callable[..., View],  # called with the controls' values
+    controls: dict[str, Any],   # argument of the view: the widget that sets it
+    more: Sequence = (),        # other widgets beside the controls
+) -> Any:
     "A widget: the controls, and below them the view, drawn again whenever one of them is moved."
-    picture = (w := widgets()).HTML()
-    def draw(_=None): picture.value = as_html(view(**{k: c.value for k, c in controls.items()}))
-    for c in controls.values(): c.observe(draw, "value")
+    w = widgets()
+    picture = w.HTML()
+
+    def draw(_: Any = None) -> None:
+        picture.value = as_html(view(**{name: control.value for name, control in controls.items()}))
+
+    for control in controls.values():
+        control.observe(draw, "value")
     draw()
-    return w.VBox([w.HBox([*controls.values(), *more], layout=w.Layout(flex_flow="row wrap")), picture])
+    row = w.HBox([*controls.values(), *more], layout=w.Layout(flex_flow="row wrap"))
+    return w.VBox([row, picture])
 
-def _control(kind, look, options, value, description, tooltip):
-    return getattr(widgets(), kind)(options=options, value=value, description=description, tooltip=tooltip, **look)
+# %% ../../nbs/7_comparison/02_explore.ipynb #357328b4
+def slider(options: Sequence, value: Any, description: str, tooltip: str) -> Any:
+    "A slider over options; arrow keys move it."
+    named = {"options": options, "value": value, "description": description, "tooltip": tooltip}
+    return widgets().SelectionSlider(layout={"width": "26em"}, **named)
 
-_slider = partial(_control, "SelectionSlider", dict(layout=dict(width="26em")))              # arrow keys move it
-_choice = partial(_control, "ToggleButtons", dict(style=dict(button_width="auto")))   # tab and enter; JupyterLab takes a menu's arrow keys
+def choice_buttons(options: Sequence, value: Any, description: str, tooltip: str) -> Any:
+    "A row of buttons, of which one is chosen; by tab and enter, since JupyterLab takes a menu's arrow keys."
+    named = {"options": options, "value": value, "description": description, "tooltip": tooltip}
+    return widgets().ToggleButtons(style={"button_width": "auto"}, **named)
 
 # %% ../../nbs/7_comparison/02_explore.ipynb #9afd5349
-def toy_source(n: int = 300) -> Tensor:   # [n, 2]
-    "Two groups of three clusters of unequal size in the plane."
+def toy_source(
+    n: int = 300,  # points
+) -> Tensor:
+    "Two groups of three clusters of unequal size in the plane: [n, 2]."
     g = torch.Generator().manual_seed(0)
-    groups, clusters = torch.tensor([[-2.0, -0.4], [2.0, 0.4]]), torch.tensor([[-0.3, 0.9], [-0.6, -0.8], [0.9, 0.1]])
+    groups = torch.tensor([[-2.0, -0.4], [2.0, 0.4]])
+    clusters = torch.tensor([[-0.3, 0.9], [-0.6, -0.8], [0.9, 0.1]])
     share = torch.tensor([0.28, 0.08, 0.16, 0.06, 0.30, 0.12])
     pick = torch.multinomial(share, n, replacement=True, generator=g)
-    return (groups[:, None] + clusters).view(-1, 2)[pick] + 0.2 * torch.randn(n, 2, generator=g)
+    centres = (groups[:, None] + clusters).view(-1, 2)
+    return centres[pick] + 0.2 * torch.randn(n, 2, generator=g)
 
-Stage = namedtuple("Stage", "codes P")   # where annealing stands at one β: [K, D], soft assignment [N, K]
+# %% ../../nbs/7_comparison/02_explore.ipynb #a6e4ea7c
+class Stage(NamedTuple):
+    "Where annealing stands at one β."
+    codes: Tensor  # [K, D]
+    P: Tensor      # soft assignment [N, K]
 
 def anneal(
-    x: Tensor,                  # data [N, D]
-    betas,                      # rising
-    marginal="free",            # free, uniform, balanced, or the weight a of log Q
-    iterations: int = 10,       # at each β
-    num_embeddings: int = 12,   # K
+    x: Tensor,                 # data [N, D]
+    betas: Iterable[float],    # rising, nats per squared distance
+    marginal: Any = "free",    # free, uniform, balanced, or the weight a of log Q
+    iterations: int = 10,      # at each β
+    num_embeddings: int = 12,  # K
 ) -> list[Stage]:
-    "Codes from the mean of the data, annealed: at each β so many rounds of assignment, centroids and potentials."
-    a, g, stages = exponent(marginal), torch.Generator().manual_seed(0), []
-    shake = lambda: 1e-3 * x.std() * torch.randn(num_embeddings, x.shape[1], generator=g)   # codes at one place would stay there
-    e, nu = x.mean(0) + shake(), x.new_zeros(num_embeddings)
+    "Codes from the mean of the data, annealed: at each β some rounds of assignment and centroids."
+    a = exponent(marginal)
+    g = torch.Generator().manual_seed(0)
+    size = 1e-3 * x.std()   # of the shakes: codes at one place would stay there
+    e = x.mean(0) + size * torch.randn(num_embeddings, x.shape[1], generator=g)
+    nu = x.new_zeros(num_embeddings)
+    stages = []
     for beta in betas:
-        e = e + shake()
+        e = e + size * torch.randn(num_embeddings, x.shape[1], generator=g)
         for _ in range(iterations):
-            counts = (P := posterior(x, e, nu, beta)).sum(0)
+            P = posterior(x, e, nu, beta)
+            counts = P.sum(0)
             e = torch.where(counts[:, None] > 1e-3, P.T @ x / counts[:, None].clamp_min(1e-9), e)
             nu = next_potentials(nu, counts, counts, a)
         stages.append(Stage(e, posterior(x, e, nu, beta)))
     return stages
 
 # %% ../../nbs/7_comparison/02_explore.ipynb #67301da2
-# All stages of one way up. x: data [N, 2]; betas [B]; critical: the first critical β; stages: B of them, codes in the order of
-# their last places along the main direction; along: those places [B, K]; rate [bit] and distortion of the soft assignment [B]
-BetaPath = namedtuple("BetaPath", "x betas critical stages along rate distortion")
+class BetaPath(NamedTuple):
+    "All stages of one way up."
+    x: Tensor               # data [N, 2]
+    betas: np.ndarray       # [B], nats per squared distance
+    critical: float         # the first critical β
+    stages: list[Stage]     # B of them, codes in the order of their last places along the main direction
+    along: np.ndarray       # those places [B, K]
+    rate: np.ndarray        # of the soft assignment [B], bits
+    distortion: np.ndarray  # of the soft assignment [B], squared distance
 
-def _rate_distortion(x, s):
-    Q, d = s.P.mean(0).clamp_min(1e-30), squared_distances(x, s.codes)
-    return (torch.special.xlogy(s.P, s.P / Q).sum(1).mean() / math.log(2)).item(), (s.P * d).sum(1).mean().item()
+def _rate_distortion(x: Tensor, s: Stage) -> tuple[float, float]:
+    "Rate in bits and mean squared distance of a soft assignment."
+    Q = s.P.mean(0).clamp_min(1e-30)
+    rate = torch.special.xlogy(s.P, s.P / Q).sum(1).mean() / math.log(2)
+    distortion = (s.P * squared_distances(x, s.codes)).sum(1).mean()
+    return rate.item(), distortion.item()
 
+# %% ../../nbs/7_comparison/02_explore.ipynb #eaa542b4
 @lru_cache
-def beta_path(marginal="free", iterations: int = 10) -> BetaPath:
+def beta_path(
+    marginal: Any = "free",  # free, uniform, balanced, or the weight a of log Q
+    iterations: int = 10,    # rounds at each β
+) -> BetaPath:
     "The way up on `toy_source`, from 0.4 to 400 times the critical β, twenty steps a decade."
     x = toy_source()
-    critical, axis = critical_beta(x), torch.linalg.eigh(x.T.cov())[1][:, -1]
+    critical = critical_beta(x)
+    axis = torch.linalg.eigh(x.T.cov())[1][:, -1]
     betas = critical * 10 ** (np.arange(-8, 53) / 20)
     stages = anneal(x, betas.tolist(), marginal, iterations)
     order = (stages[-1].codes @ axis).argsort()
     stages = [Stage(s.codes[order], s.P[:, order]) for s in stages]
-    rate, distortion = zip(*(_rate_distortion(x, s) for s in stages))
-    return BetaPath(x, betas, critical, stages, torch.stack([s.codes @ axis for s in stages]).numpy(), np.array(rate), np.array(distortion))
+    rate, distortion = np.transpose([_rate_distortion(x, s) for s in stages])
+    along = torch.stack([s.codes @ axis for s in stages]).numpy()
+    return BetaPath(x, betas, critical, stages, along, rate, distortion)
 
 @lru_cache
-def toy_bound():
-    "R(D) of the same points, reproduced by any of them or by any code on the way up: bits [M], squared distance [M]."
+def toy_bound() -> tuple:
+    "R(D) of the same points, reproduced by them or by codes on the way up: bits [M], squared distance [M]."
     p = beta_path()
-    d = squared_distances(p.x.double(), torch.cat([p.x[::2], *[s.codes for s in p.stages[8::6]]]).double())
-    return rd_curve(d, (p.critical * np.geomspace(1.1, 300, 12)).tolist(), iterations=100, tol=3e-3)
+    places = torch.cat([p.x[::2], *[s.codes for s in p.stages[8::6]]])
+    d = squared_distances(p.x.double(), places.double())
+    slopes = (p.critical * np.geomspace(1.1, 300, 12)).tolist()
+    return rd_curve(d, slopes, iterations=100, tol=3e-3)
 
 # %% ../../nbs/7_comparison/02_explore.ipynb #2ee63fd3
-def groups_of(s: Stage, tol: float) -> Tensor:   # places of codes that are closer than tol [G, 2]
-    "Codes that are at one place, counted once; codes without a share are left out."
+def groups_of(
+    s: Stage,    # of annealing
+    tol: float,  # codes that are closer than this are at one place
+) -> Tensor:
+    "The places of the codes [G, 2], each counted once; codes without a share are left out."
     from scipy.sparse.csgraph import connected_components
     Q = s.P.mean(0)
     e, Q = s.codes[Q > 1e-3], Q[Q > 1e-3]
     n, label = connected_components((torch.cdist(e, e) < tol).numpy())
     return torch.stack([Q[label == i] @ e[label == i] / Q[label == i].sum() for i in range(n)])
 
-@lru_cache
-def _beta_sheet():
-    p, dashed = beta_path(), dict(color="black", linestyle="--", linewidth=1)
-    def fixed(axes):
-        axes[0].set(xlim=(-3.6, 3.9), ylim=(-2.2, 2.4), title="data, codes, cells", xlabel="$z_1$", ylabel="$z_2$")
-        axes[1].axvline(p.critical, **dashed)
-        axes[1].set(xscale="log", xlim=(p.betas[0], p.betas[-1]), ylim=(-3.4, 3.4), title="tree of codes (dashed: critical β)", xlabel="β [nat per squared distance]", ylabel="place along main direction")
-        axes[2].axhline(1 / 12, **dashed)
-        axes[2].set(xlim=(0.3, 12.7), ylim=(0, 0.6), xticks=[1, 4, 8, 12], title="shares $Q_k$ (dashed: 1/K)", xlabel="code", ylabel="share"); axes[2].grid(False, axis="x")
-        plot_rd(toy_bound(), ax=axes[3]); axes[3].get_legend().remove()
-        axes[3].set(title="rate, distortion (black: R(D))", xlabel="rate [bit per point]", ylabel="squared distance", xlim=(-0.1, 4), ylim=(0, 1.05 * p.distortion[0]))
-    return Sheet(4, 3.0, 3.0, fixed)
+# %% ../../nbs/7_comparison/02_explore.ipynb #f5de8bdd
+_DASHED: dict[str, Any] = {"color": "black", "linestyle": "--", "linewidth": 1}
 
-def _plane(ax, s, x, groups):
-    K, Q = len(s.codes), s.P.mean(0).numpy()
-    look = dict(cmap="cividis", vmin=0, vmax=1)
-    points = ax.scatter(*x.T.numpy(), c=s.P.numpy() @ np.linspace(0, 1, K), s=7, zorder=1, **look)
-    edges = np.where(Q > 1e-3, method_style("ba_vq").color, "#B8B8B8")
-    codes = ax.scatter(*s.codes.T.numpy(), c=np.linspace(0, 1, K), s=20 + 300 * Q, edgecolors=edges, linewidths=1.6, zorder=3, **look)
-    borders = [ax.plot(*b.T, color="#808080", linewidth=0.7, zorder=2)[0] for b in cell_borders(groups.numpy())] if len(groups) > 1 else []
+def _draw_tree_axes(ax: Any, p: BetaPath) -> None:
+    ax.axvline(p.critical, **_DASHED)
+    ax.set(xscale="log", xlim=(p.betas[0], p.betas[-1]), ylim=(-3.4, 3.4))
+    ax.set(title="tree of codes (dashed: critical β)", xlabel="β [nat per squared distance]")
+    ax.set_ylabel("place along main direction")
+
+def _draw_share_axes(ax: Any, K: int) -> None:
+    ax.axhline(1 / K, **_DASHED)
+    ax.set(xlim=(0.3, K + 0.7), ylim=(0, 0.6), xticks=[1, 4, 8, 12])
+    ax.set(title="shares $Q_k$ (dashed: 1/K)", xlabel="code", ylabel="share")
+    ax.grid(False, axis="x")
+
+def _draw_rd_axes(ax: Any, p: BetaPath) -> None:
+    plot_rd(toy_bound(), ax=ax)
+    ax.get_legend().remove()
+    ax.set(title="rate, distortion (black: R(D))", xlabel="rate [bit per point]", ylabel="squared distance")
+    ax.set(xlim=(-0.1, 4), ylim=(0, 1.05 * p.distortion[0]))
+
+# %% ../../nbs/7_comparison/02_explore.ipynb #2dabf767
+@lru_cache
+def _beta_sheet() -> Sheet:
+    "The four panels of `beta_view`, without what moves."
+    p = beta_path()
+
+    def draw_fixed(axes: Any) -> None:
+        axes[0].set(xlim=(-3.6, 3.9), ylim=(-2.2, 2.4))
+        axes[0].set(title="data, codes, cells", xlabel="$z_1$", ylabel="$z_2$")
+        _draw_tree_axes(axes[1], p)
+        _draw_share_axes(axes[2], 12)
+        _draw_rd_axes(axes[3], p)
+
+    return Sheet(4, 3.0, 2.8, draw_fixed)
+
+# %% ../../nbs/7_comparison/02_explore.ipynb #846f2109
+def _draw_plane(ax: Any, s: Stage, x: Tensor, groups: Tensor) -> list:
+    "Points in the colours of their codes, codes as discs by share, and the borders of cells; the artists."
+    K = len(s.codes)
+    Q = s.P.mean(0).numpy()
+    look: dict[str, Any] = {"cmap": "cividis", "vmin": 0, "vmax": 1}
+    number = np.linspace(0, 1, K)
+    points = ax.scatter(*x.T.numpy(), c=s.P.numpy() @ number, s=7, zorder=1, **look)
+    look["edgecolors"] = np.where(Q > 1e-3, method_style("ba_vq").color, "#B8B8B8")
+    codes = ax.scatter(*s.codes.T.numpy(), c=number, s=20 + 300 * Q, linewidths=1.6, zorder=3, **look)
+    if len(groups) == 1:
+        return [points, codes]
+    line = {"color": "#808080", "linewidth": 0.7, "zorder": 2}
+    borders = [ax.plot(*border.T, **line)[0] for border in cell_borders(groups.numpy())]
     return [points, codes, *borders]
 
-def _tree_and_place(axes, p, i):
-    colour, Q = method_style("ba_vq").color, p.stages[i].P.mean(0).numpy()
+def _draw_place(axes: Any, p: BetaPath, i: int) -> list:
+    "The tree with the chosen β, the shares, and the place above R(D); the artists."
+    color = method_style("ba_vq").color
+    Q = p.stages[i].P.mean(0).numpy()
     tree = axes[1].plot(p.betas, p.along, color="#5A5A5A", linewidth=1)
-    now = axes[1].axvline(p.betas[i], color=colour, linewidth=2)
-    shares = axes[2].bar(np.arange(1, len(Q) + 1), Q, color=colour, width=0.8)
+    now = axes[1].axvline(p.betas[i], color=color, linewidth=2)
+    shares = axes[2].bar(np.arange(1, len(Q) + 1), Q, color=color, width=0.8)
     way = axes[3].plot(p.rate, p.distortion, color="#B8B8B8", linewidth=1)
-    return [*tree, now, *shares, *way, *axes[3].plot(p.rate[i], p.distortion[i], "o", color=colour, markersize=8)]
+    place = axes[3].plot(p.rate[i], p.distortion[i], "o", color=color, markersize=8)
+    return [*tree, now, *shares, *way, *place]
 
 # %% ../../nbs/7_comparison/02_explore.ipynb #1e3ad6eb
 def beta_view(
-    beta: float,           # nats per squared distance; the nearest β of the way up is taken
-    marginal="free",       # free, uniform or balanced
-    iterations: int = 10,  # rounds at each β
+    beta: float,             # nats per squared distance; the nearest β of the way up is taken
+    marginal: Any = "free",  # free, uniform or balanced
+    iterations: int = 10,    # rounds at each β
 ) -> View:
     "Codes, their tree, their shares and their place above R(D) at one β."
     p = beta_path(marginal, iterations)
     i = int(np.abs(np.log(p.betas / beta)).argmin())
     groups = groups_of(p.stages[i], 0.1 * float(p.x.std()))
-    n, times = len(groups), p.betas[i] / p.critical
-    text = (f"β = {p.betas[i]:.3g} ({times:.3g} × critical), {marginal} marginal: the {len(p.along[i])} codes are at {n} place{'s' * (n != 1)}; "
-            f"{p.rate[i]:.2f} bit a point, squared distance {p.distortion[i]:.2f}.")
-    return View(_beta_sheet().picture(lambda axes: _plane(axes[0], p.stages[i], p.x, groups) + _tree_and_place(axes, p, i)), text)
+
+    def draw_moving(axes: Any) -> list:
+        return _draw_plane(axes[0], p.stages[i], p.x, groups) + _draw_place(axes, p, i)
+
+    return View(_beta_sheet().picture(draw_moving), _describe_stage(p, i, len(groups), marginal))
+
+def _describe_stage(p: BetaPath, i: int, places: int, marginal: Any) -> str:
+    "One stage of the way up in a sentence."
+    where = f"β = {p.betas[i]:.3g} ({p.betas[i] / p.critical:.3g} × critical), {marginal} marginal"
+    codes = f"the {len(p.along[i])} codes are at {places} place{'s' * (places != 1)}"
+    cost = f"{p.rate[i]:.2f} bit a point, squared distance {p.distortion[i]:.2f}"
+    return f"{where}: {codes}; {cost}."
 
 # %% ../../nbs/7_comparison/02_explore.ipynb #0436492b
-def beta_explorer():
-    "β, marginal and rounds to move, and a button that plays the way up."
-    w = widgets()
-    for way in product(("free", "uniform", "balanced"), (1, 3, 10, 30)): beta_path(*way)
+def beta_explorer() -> Any:
+    "β, marginal and rounds to move, and a button that plays the way up: a widget."
+    marginals = ["free", "uniform", "balanced"]
+    rounds = [1, 3, 10, 30]
+    for way in product(marginals, rounds):
+        beta_path(*way)   # worked out before anything moves
     p = beta_path()
-    label = lambda b: "critical" if b == p.critical else f"{b:.3g}"
-    beta = _slider([(label(b), b) for b in p.betas], p.critical, "β", "nats per squared distance, on a logarithmic scale")
+    names = [("critical" if b == p.critical else f"{b:.3g}", b) for b in p.betas]
+    beta = slider(names, p.critical, "β", "nats per squared distance, on a logarithmic scale")
+    w = widgets()
     play = w.Play(max=len(p.betas) - 1, value=beta.index, interval=400, tooltip="let β rise")
     w.jslink((play, "value"), (beta, "index"))
-    controls = dict(beta=beta, marginal=_choice(["free", "uniform", "balanced"], "free", "marginal", "how even the shares have to be"),
-                    iterations=_choice([1, 3, 10, 30], 10, "rounds", "of assignment and centroids at each β"))
+    controls = {
+        "beta": beta,
+        "marginal": choice_buttons(marginals, "free", "marginal", "how even the shares have to be"),
+        "iterations": choice_buttons(rounds, 10, "rounds", "of assignment and centroids at each β"),
+    }
     return explorer(beta_view, controls, [play])
 
 # %% ../../nbs/7_comparison/02_explore.ipynb #c6caea6f
 RECORDS = "../../results/explore"   # seen from the notebooks
 
-Latents = namedtuple("Latents", "x codes d_ref")   # [N, D], [K, D], mean squared distance to the nearest code
-
-def read_record(path: str | Path) -> dict:
+def read_record(
+    path: str | Path,  # of a JSON file
+) -> dict:
     "What a recorded file holds, or a `BavqError`."
-    require(Path(path).is_file(), f"there is no record {path}: run the recording cells of 02_explore, or give another folder")
+    advice = "run the recording cells of 02_explore, or give another folder"
+    require(Path(path).is_file(), f"there is no record {path}: {advice}")
     return read_json(path)
 
+class Latents(NamedTuple):
+    "Recorded latents of a trained encoder, with its codes."
+    x: Tensor      # [N, D]
+    codes: Tensor  # [K, D]
+    d_ref: float   # mean squared distance to the nearest code
+
+def _read_rows(lines: list[str]) -> Tensor:
+    "[N, D] from N texts of D numbers."
+    return torch.tensor([[float(v) for v in line.split()] for line in lines])
+
 @lru_cache
-def load_latents(folder: str = RECORDS) -> Latents:
-    r = read_record(f"{folder}/latents.json")
-    require({"latents", "codes"} <= set(r), f"{folder}/latents.json holds no latents: run the recording cells of 02_explore, or give another folder")
-    x, codes = (torch.tensor([[float(v) for v in line.split()] for line in r[k]]) for k in ("latents", "codes"))
+def load_latents(
+    folder: str = RECORDS,  # of the records
+) -> Latents:
+    "The recorded latents."
+    record = read_record(f"{folder}/latents.json")
+    advice = "run the recording cells of 02_explore, or give another folder"
+    require({"latents", "codes"} <= set(record), f"{folder}/latents.json holds no latents: {advice}")
+    x, codes = _read_rows(record["latents"]), _read_rows(record["codes"])
     return Latents(x, codes, squared_distances(x, codes).amin(1).mean().item())
 
-def effective_codes(z: Latents, beta: float) -> Tensor:   # β in units of 1/d_ref; [N]
-    "exp H(k|z): how many codes share each latent, under a uniform marginal."
+# %% ../../nbs/7_comparison/02_explore.ipynb #aa1ed34f
+def effective_codes(
+    z: Latents,   # recorded latents
+    beta: float,  # in units of 1/d_ref
+) -> Tensor:
+    "exp H(k|z): how many codes share each latent, under a uniform marginal: [N]."
     P = posterior(z.x, z.codes, torch.zeros(len(z.codes)), beta / z.d_ref)
     return torch.special.entr(P).sum(1).exp()
 
 @lru_cache
-def effective_table(folder: str = RECORDS) -> tuple[np.ndarray, np.ndarray]:
+def effective_table(
+    folder: str = RECORDS,  # of the records
+) -> tuple[np.ndarray, np.ndarray]:
     "β from 0.01 to 10,000 [B], and what 10, 50 and 90 % of the latents have at most [3, B]."
-    betas, parts = np.geomspace(1e-2, 1e4, 121), torch.tensor([0.1, 0.5, 0.9])
-    return betas, torch.stack([effective_codes(load_latents(folder), float(b)).quantile(parts) for b in betas], 1).numpy()
+    z = load_latents(folder)
+    betas = np.geomspace(1e-2, 1e4, 121)
+    parts = torch.tensor([0.1, 0.5, 0.9])
+    shares = [effective_codes(z, float(beta)).quantile(parts) for beta in betas]
+    return betas, torch.stack(shares, 1).numpy()
 
 # %% ../../nbs/7_comparison/02_explore.ipynb #7883107e
-def _linear(start, end, progress): return start + (end - start) * progress
-def _looked_up(effective, log_beta, progress): return float(np.exp(np.interp(-_linear(effective[0], effective[-1], progress), -effective, log_beta)))
+def _linear(start: float, end: float, progress: float) -> float:
+    return start + (end - start) * progress
 
-def by_entropy(start: float, end: float, folder: str = RECORDS) -> Callable:
+def linear(start: float, end: float) -> Callable[[float], float]:
+    "β that rises along a line."
+    return partial(_linear, start, end)
+
+def logarithmic(start: float, end: float) -> Callable[[float], float]:
+    "β that rises by equal factors."
+    return as_schedule((start, end))
+
+def _look_up(falling: np.ndarray, log_beta: np.ndarray, progress: float) -> float:
+    "The β at which the effective codes are where a line from the first to the last would be."
+    wanted = _linear(falling[0], falling[-1], progress)
+    return float(np.exp(np.interp(-wanted, -falling, log_beta)))
+
+def by_entropy(
+    start: float,           # first β, in units of 1/d_ref
+    end: float,             # last β
+    folder: str = RECORDS,  # of the records
+) -> Callable[[float], float]:
     "β under which the effective codes of half of the latents fall by equal factors."
     betas, effective = effective_table(folder)
     within = np.log(np.geomspace(start, end, 60))
-    falling = np.interp(within, np.log(betas), np.log(effective[1])) - 1e-9 * np.arange(60)   # also where one code is left
-    return partial(_looked_up, falling, within)
+    middle = np.interp(within, np.log(betas), np.log(effective[1]))
+    falling = middle - 1e-9 * np.arange(60)   # also where one code is left
+    return partial(_look_up, falling, within)
 
-SHAPES = dict(log=lambda start, end: as_schedule((start, end)), cosine=cosine, linear=lambda start, end: partial(_linear, start, end), entropy=by_entropy)
+# %% ../../nbs/7_comparison/02_explore.ipynb #b9d49a75
+SHAPES = {"log": logarithmic, "cosine": cosine, "linear": linear, "entropy": by_entropy}
 
 def make_schedule(
     shape: str,    # log, cosine, linear or entropy
     start: float,  # first β, in units of 1/d_ref
     end: float,    # last β, not below the first
-) -> Callable:
+) -> Callable[[float], float]:
     "β as a function of progress in [0, 1]."
-    require(0 < start <= end, f"β goes from {start} to {end}: give a start above 0 and an end that is not below it")
+    advice = "give a start above 0 and an end that is not below it"
+    require(0 < start <= end, f"β goes from {start} to {end}: {advice}")
     return choose(shape, SHAPES, "shape")(start, end)
 
 # %% ../../nbs/7_comparison/02_explore.ipynb #6b6e3cfe
 @lru_cache
-def _schedule_sheet():
-    def fixed(axes):
-        for ax, low, high, ticks in ((axes[0], 0.08, 1200, (0.1, 1, 10, 100, 1000)), (axes[1], 0.9, 80, (1, 2, 4, 8, 16, 32, 64))):
-            ax.set(xlim=(0, 1), ylim=(low, high), xlabel="progress of the training", yscale="log"); ax.minorticks_off(); ax.set_yticks(ticks, [f"{t:g}" for t in ticks])
-        axes[0].set(ylabel="β [1 / d_ref]", title="schedule"); axes[1].set(ylabel="effective codes per latent", title="effect (band: 80 % of latents)")
-    return Sheet(2, 4.2, 3.0, fixed)
+def _schedule_sheet() -> Sheet:
+    "The two panels of `schedule_view`, without what moves."
+    def draw_fixed(axes: Any) -> None:
+        limits = [(0.08, 1200, (0.1, 1, 10, 100, 1000)), (0.9, 80, (1, 2, 4, 8, 16, 32, 64))]
+        for ax, (low, high, ticks) in zip(axes, limits):
+            ax.set(xlim=(0, 1), ylim=(low, high), xlabel="progress of the training", yscale="log")
+            ax.minorticks_off()
+            ax.set_yticks(ticks, [f"{t:g}" for t in ticks])
+        axes[0].set(ylabel="β [1 / d_ref]", title="schedule")
+        axes[1].set(ylabel="effective codes per latent", title="effect (band: 80 % of latents)")
 
+    return Sheet(2, 3.7, 2.7, draw_fixed)
+
+def _in_code(shape: str, start: float, end: float) -> str:
+    "How a schedule is written as an argument of `BAQuantizer`."
+    numbers = f"{start:.3g}, {end:.3g}"
+    if shape == "log":
+        return f"({numbers})"
+    return f"cosine({numbers})" if shape == "cosine" else f"make_schedule('{shape}', {numbers})"
+
+# %% ../../nbs/7_comparison/02_explore.ipynb #45ac10dc
 def schedule_view(
     shape: str = "log",   # log, cosine, linear or entropy
     start: float = 1.0,   # first β, in units of 1/d_ref
     end: float = 30.0,    # last β
 ) -> View:
     "A schedule of β, and how many codes share a recorded latent as it runs."
-    start, end, t = min(start, end), max(start, end), np.linspace(0, 1, 81)
+    start, end = min(start, end), max(start, end)
+    t = np.linspace(0, 1, 81)
     beta = np.array([*map(make_schedule(shape, start, end), t)])
     betas, effective = effective_table()
     low, mid, high = (np.exp(np.interp(np.log(beta), np.log(betas), np.log(e))) for e in effective)
-    look = dict(color=method_style("ba_vq").color)
-    def moving(axes): return [*axes[0].plot(t, beta, **look), axes[1].fill_between(t, low, high, alpha=0.25, linewidth=0, **look), *axes[1].plot(t, mid, **look)]
-    code = dict(log=f"({start:.3g}, {end:.3g})", cosine=f"cosine({start:.3g}, {end:.3g})").get(shape, f"make_schedule('{shape}', {start:.3g}, {end:.3g})")
-    return View(_schedule_sheet().picture(moving), f"β from {start:.3g} to {end:.3g}, {shape}: {mid[0]:.3g} effective codes per latent at the start, {mid[40]:.3g} half-way, {mid[-1]:.3g} at the end. In code: BAQuantizer(…, beta={code}).")
+    color = method_style("ba_vq").color
+
+    def draw_moving(axes: Any) -> list:
+        band = axes[1].fill_between(t, low, high, alpha=0.25, linewidth=0, color=color)
+        return [*axes[0].plot(t, beta, color=color), band, *axes[1].plot(t, mid, color=color)]
+
+    shown = f"β from {start:.3g} to {end:.3g}, {shape}"
+    falls = f"{mid[0]:.3g} effective codes per latent at the start, {mid[40]:.3g} half-way"
+    usage = f"In code: BAQuantizer(…, beta={_in_code(shape, start, end)})."
+    said = f"{shown}: {falls}, {mid[-1]:.3g} at the end. {usage}"
+    return View(_schedule_sheet().picture(draw_moving), said)
 
 # %% ../../nbs/7_comparison/02_explore.ipynb #d3c14145
-def schedule_explorer():
-    "Shape, first and last β to move."
-    betas, unit = [(f"{b:.3g}", b) for b in 10 ** (np.arange(-10, 31) / 10)], "in units of one over the quantizer's own error"
-    return explorer(schedule_view, dict(shape=_choice([*SHAPES], "log", "shape", "of the rise"), start=_slider(betas, betas[10][1], "first β", unit), end=_slider(betas, betas[25][1], "last β", unit)))
+def schedule_explorer() -> Any:
+    "Shape, first and last β to move: a widget."
+    betas = [(f"{b:.3g}", b) for b in 10 ** (np.arange(-10, 31) / 10)]
+    unit = "in units of one over the quantizer's own error"
+    controls = {
+        "shape": choice_buttons([*SHAPES], "log", "shape", "of the rise"),
+        "start": slider(betas, betas[10][1], "first β", unit),
+        "end": slider(betas, betas[25][1], "last β", unit),
+    }
+    return explorer(schedule_view, controls)
 
 # %% ../../nbs/7_comparison/02_explore.ipynb #1ddd5e25
 @lru_cache
-def recorded_sizes(folder: str = "../../results/answer"):   # of the study
-    "Data × method × K at D = 64: n, and mean and half-width of the 95 % interval of perplexity and PSNR; a DataFrame."
+def recorded_sizes(
+    folder: str = "../../results/answer",  # of the study
+) -> Any:
+    "Data × method × K at D = 64: n, and mean and half-width of perplexity and PSNR; a DataFrame."
     import pandas as pd
     from bavq.comparison.compare import name_arms
     from bavq.training.experiments import load_results
     from bavq.theory.statistics import mean_interval
-    df = name_arms(load_results(folder)).query("embedding_dim == 64 and method in ['vq_ema', 'ba_vq']").assign(data=lambda df: df["data"].map(lambda d: Path(d).name))
-    names, rows = ["n", "perplexity", "perplexity_half", "psnr", "psnr_half"], {}
-    for key, g in df.groupby(["data", "method", "codebook_size"]): rows[key] = [len(g), *mean_interval(g["perplexity"]), *mean_interval(g["psnr"])]
-    return pd.DataFrame.from_dict(rows, "index", columns=names).set_index(pd.MultiIndex.from_tuples(rows, names=["data", "method", "K"]))
+    df = name_arms(load_results(folder)).query("embedding_dim == 64 and method in ['vq_ema', 'ba_vq']")
+    df = df.assign(data=df["data"].map(lambda path: Path(path).name))
+    rows = {}
+    for key, g in df.groupby(["data", "method", "codebook_size"]):
+        rows[key] = [len(g), *mean_interval(g["perplexity"]), *mean_interval(g["psnr"])]
+    names = ["n", "perplexity", "perplexity_half", "psnr", "psnr_half"]
+    index = pd.MultiIndex.from_tuples(rows, names=["data", "method", "K"])
+    return pd.DataFrame.from_dict(rows, "index", columns=names).set_index(index)
 
+# %% ../../nbs/7_comparison/02_explore.ipynb #34efc3a0
 @lru_cache
-def recorded_run(data: str, method: str, K: int, folder: str = RECORDS) -> dict | None:
+def recorded_run(
+    data: str,              # data set
+    method: str,            # vq_ema or ba_vq
+    K: int,                 # number of codes
+    folder: str = RECORDS,  # of the records
+) -> dict | None:
     "One run's metrics, counts of codes, and test images before and after; None where none was recorded."
     path = Path(folder) / f"{data}-{method}-k{K}.json"
-    return read_record(path) | dict(originals=read_record(path.with_name(f"{data}.json"))["images"]) if path.is_file() else None
+    if not path.is_file():
+        return None
+    originals = read_record(path.with_name(f"{data}.json"))["images"]
+    return read_record(path) | {"originals": originals}
 
-def image_from_text(text: str) -> np.ndarray:   # a recorded PNG; [H, W, 3] uint8
+def image_from_text(
+    text: str,  # a recorded PNG, base64
+) -> np.ndarray:
+    "The image, [H, W, 3] uint8."
     from PIL import Image
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(text))).convert("RGB"))
 
 # %% ../../nbs/7_comparison/02_explore.ipynb #81874121
-@lru_cache
-def _size_sheet(data):
-    sizes, Ks = recorded_sizes().loc[data].reset_index(), [64, 256, 512, 1024, 4096]
-    def fixed(axes):
-        axes[0].set(title="originals above, coded below", xlim=(0, 8), ylim=(5, 0), xticks=[], yticks=[]); axes[0].grid(False); axes[0].spines[:].set_visible(False)
-        axes[1].axhline(1, color="#808080", linestyle="--", linewidth=1)
-        axes[1].set(title="use of codes (dashed: even)", xlabel="codes, most used first [% of K]", ylabel="times a fair share", xlim=(0, 100), ylim=(0.01, 30), yscale="log"); axes[1].minorticks_off()
-        axes[1].set_yticks([0.01, 0.1, 1, 10], ["0.01", "0.1", "1", "10"])
-        for method, g in sizes.groupby("method"):
-            s = method_style(method)
-            for ax, y, half in ((axes[2], 100 * g["perplexity"] / g["K"], 100 * g["perplexity_half"] / g["K"]), (axes[3], g["psnr"], g["psnr_half"])):
-                ax.errorbar(g["K"], y, half, color=s.color, marker=s.marker, markersize=4, capsize=3, label=s.label)
-        for ax in axes[2:]: ax.set(xscale="log", xlabel="K", xlim=(48, 5500)); ax.minorticks_off(); ax.set_xticks(Ks, Ks)
-        axes[2].set(title="perplexity", ylabel="% of K", ylim=(0, 100)); axes[3].set(title="PSNR", ylabel="dB"); axes[2].legend()
-        low, high = axes[3].get_ylim(); axes[3].set_ylim(low - 0.6 * (data == "photos"), high)   # room for K = 64
-    return Sheet(4, 3.0, 3.0, fixed)
+_SIZES = [64, 256, 512, 1024, 4096]
 
+def _draw_image_axes(ax: Any) -> None:
+    ax.set(title="originals above, coded below", xlim=(0, 8), ylim=(5, 0), xticks=[], yticks=[])
+    ax.grid(False)
+    ax.spines[:].set_visible(False)
+
+def _draw_use_axes(ax: Any) -> None:
+    ax.axhline(1, color="#808080", linestyle="--", linewidth=1)
+    ax.set(xlim=(0, 100), ylim=(0.01, 30), yscale="log", title="use of codes (dashed: even)")
+    ax.set(xlabel="codes, most used first [% of K]", ylabel="times a fair share")
+    ax.minorticks_off()
+    ax.set_yticks([0.01, 0.1, 1, 10], ["0.01", "0.1", "1", "10"])
+
+def _draw_study(axes: Any, sizes: Any) -> None:
+    "Perplexity and PSNR against K, with their intervals, for each method."
+    for method, g in sizes.groupby("method"):
+        s = method_style(method)
+        look = {"color": s.color, "marker": s.marker, "markersize": 4, "capsize": 3, "label": s.label}
+        axes[0].errorbar(g["K"], 100 * g["perplexity"] / g["K"], 100 * g["perplexity_half"] / g["K"], **look)
+        axes[1].errorbar(g["K"], g["psnr"], g["psnr_half"], **look)
+    for ax in axes:
+        ax.set(xscale="log", xlabel="K", xlim=(48, 5500))
+        ax.minorticks_off()
+        ax.set_xticks(_SIZES, _SIZES)
+    axes[0].set(title="perplexity", ylabel="% of K", ylim=(0, 100))
+    axes[0].legend()
+    axes[1].set(title="PSNR", ylabel="dB")
+
+# %% ../../nbs/7_comparison/02_explore.ipynb #a39bc5f9
+@lru_cache
+def _size_sheet(data: str) -> Sheet:
+    "The four panels of `size_view`, without what moves."
+    sizes = recorded_sizes().loc[data].reset_index()
+
+    def draw_fixed(axes: Any) -> None:
+        _draw_image_axes(axes[0])
+        _draw_use_axes(axes[1])
+        _draw_study(axes[2:], sizes)
+        if data == "photos":   # room for K = 64
+            low, high = axes[3].get_ylim()
+            axes[3].set_ylim(low - 0.6, high)
+
+    return Sheet(4, 3.0, 2.8, draw_fixed)
+
+# %% ../../nbs/7_comparison/02_explore.ipynb #1e28d0c7
+def _mark_size(axes: Any, method: str, K: int, metrics: Any) -> list:
+    "Rings round perplexity and PSNR at K; the artists."
+    s = method_style(method)
+    ring = {"color": s.color, "markersize": 11, "markerfacecolor": "none", "markeredgewidth": 2}
+    use = axes[2].plot(K, 100 * metrics["perplexity"] / K, s.marker, **ring)
+    return [*use, *axes[3].plot(K, metrics["psnr"], s.marker, **ring)]
+
+def _draw_run(axes: Any, method: str, K: int, run: dict) -> list:
+    "Images before and after, and the use of the codes; the artists."
+    images = [image_from_text(run[name]).reshape(32, 2, -1, 3) for name in ("originals", "images")]
+    rows = np.concatenate(images, 1)   # two rows of each
+    tiles = np.concatenate([rows[:, i] for i in (0, 2, 1, 3)])
+    shown = axes[0].imshow(tiles, extent=(0, 8, 5, 0), aspect="auto", interpolation="nearest")
+    use = np.sort(run["counts"])[::-1] / np.mean(run["counts"])
+    place = 100 * np.arange(0.5, K) / K
+    line = axes[1].plot(place[use > 0], use[use > 0], color=method_style(method).color)
+    return [shown, *line]
+
+# %% ../../nbs/7_comparison/02_explore.ipynb #dea6daf2
+def _in_words(row: Any, metrics: Any, name: str, form: str) -> str:
+    "A metric, with its interval where the study has several seeds."
+    value = format(metrics[name], form)
+    if row is None or row["n"] < 2:
+        return value
+    return f"{value} ± {format(row[name + '_half'], form)}"
+
+def _describe_size(K: int, row: Any, metrics: Any, run: dict | None) -> str:
+    "What a codebook of K codes buys, in words: the study's row, or the one run that there is."
+    if metrics is None:
+        said = "not recorded"
+    else:
+        use = f"perplexity {_in_words(row, metrics, 'perplexity', '.0f')}"
+        share = f"{100 * metrics['perplexity'] / K:.0f} % of K"
+        seeds = "1 run" if row is None else f"{int(row['n'])} seeds"
+        said = f"{use} ({share}), PSNR {_in_words(row, metrics, 'psnr', '.2f')} dB, {seeds}"
+    if run is None:
+        return f"{said}; no pictures recorded"
+    return f"{said}; in the run pictured, {run['counts'].count(0)} codes are unused"
+
+# %% ../../nbs/7_comparison/02_explore.ipynb #4e640b59
 def size_view(
     data: str = "photos",    # a data set of the study
     method: str = "ba_vq",   # vq_ema or ba_vq
     K: int = 256,            # number of codes
 ) -> View:
     "What a codebook of K codes buys: reconstructions, use of the codes, perplexity and PSNR."
-    known, run = recorded_sizes(), recorded_run(data, method, K)
+    known = recorded_sizes()
     choose(data, dict.fromkeys(known.index.get_level_values(0)), "data set")
+    run = recorded_run(data, method, K)
     row = known.loc[data, method, K] if (data, method, K) in known.index else None
-    m = row if row is not None else run and run["metrics"]
-    interval = lambda name, form: format(m[name], form) + (f" ± {format(row[name + '_half'], form)}" if row is not None and row["n"] > 1 else "")
-    said = (f"perplexity {interval('perplexity', '.0f')} ({100 * m['perplexity'] / K:.0f} % of K), PSNR {interval('psnr', '.2f')} dB, {'1 run' if row is None else f'{int(row.n)} seeds'}"
-            if m is not None else "not recorded")
-    unused = f"; in the run pictured, {run['counts'].count(0)} codes are unused" if run else "; no pictures recorded"
-    return View(_size_sheet(data).picture(lambda axes: _size_marks(axes, method, K, m, run)), f"{data}, {method_label(method)}, K = {K}: {said}{unused}.")
+    metrics = run["metrics"] if row is None and run else row
 
-def _size_marks(axes, method, K, m, run):
-    s, marks = method_style(method), []
-    if m is not None: marks = [ax.plot(K, y, s.marker, color=s.color, markersize=11, markerfacecolor="none", markeredgewidth=2)[0] for ax, y in ((axes[2], 100 * m["perplexity"] / K), (axes[3], m["psnr"]))]
-    if not run: return [*marks, axes[0].text(4, 2.5, "no pictures recorded", ha="center")]
-    images = np.concatenate([image_from_text(run[k]).reshape(32, 2, -1, 3) for k in ("originals", "images")], 1)   # two rows of each
-    tiles = np.concatenate([images[:, i] for i in (0, 2, 1, 3)])
-    use, place = np.sort(run["counts"])[::-1] / np.mean(run["counts"]), 100 * np.arange(0.5, K) / K
-    return [*marks, axes[0].imshow(tiles, extent=(0, 8, 5, 0), aspect="auto", interpolation="nearest"), *axes[1].plot(place[use > 0], use[use > 0], color=s.color)]
+    def draw_moving(axes: Any) -> list:
+        marks = [] if metrics is None else _mark_size(axes, method, K, metrics)
+        if run is None:
+            return [*marks, axes[0].text(4, 2.5, "no pictures recorded", ha="center")]
+        return marks + _draw_run(axes, method, K, run)
+
+    said = _describe_size(K, row, metrics, run)
+    title = f"{data}, {method_label(method)}, K = {K}"
+    return View(_size_sheet(data).picture(draw_moving), f"{title}: {said}.")
 
 # %% ../../nbs/7_comparison/02_explore.ipynb #026632b4
-def size_explorer():
-    "Data set, method and K to move."
-    data, sizes = sorted(set(recorded_sizes().index.get_level_values(0))), [(str(K), K) for K in (64, 256, 512, 1024, 4096)]
-    return explorer(size_view, dict(K=_slider(sizes, 256, "K", "number of codes"), method=_choice([(method_label(m), m) for m in ("vq_ema", "ba_vq")], "ba_vq", "method", "quantizer"), data=_choice(data, "photos", "data", "data set")))
+def size_explorer() -> Any:
+    "Data set, method and K to move: a widget."
+    data = sorted(set(recorded_sizes().index.get_level_values(0)))
+    methods = [(method_label(m), m) for m in ("vq_ema", "ba_vq")]
+    controls = {
+        "K": slider([(str(K), K) for K in _SIZES], 256, "K", "number of codes"),
+        "method": choice_buttons(methods, "ba_vq", "method", "quantizer"),
+        "data": choice_buttons(data, "photos", "data", "data set"),
+    }
+    return explorer(size_view, controls)

@@ -4,103 +4,214 @@
 
 # %% ../../nbs/7_comparison/03_live_training.ipynb #937b153a
 from __future__ import annotations
-import asyncio, json, signal, subprocess, sys, tempfile
+import asyncio
+import json
+import signal
+import subprocess
+import sys
+import tempfile
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
+from typing import IO, Any
 from ..core.config import RunConfig, run_name
-from ..core.errors import require
-from .explore import Sheet, View, _choice, as_html, widgets
+from ..core.errors import BavqError, require
+from .explore import Sheet, View, as_html, choice_buttons, widgets
+from ..core.storage import Interrupted, read_history
 from ..core.plots import method_label, plot_history
 
 # %% auto #0
-__all__ = ['TINY', 'BackgroundRun', 'train_view', 'trainer']
+__all__ = ['BackgroundRun', 'trainer']
 
 # %% ../../nbs/7_comparison/03_live_training.ipynb #800ba0f5
-TINY = RunConfig(train_size=512, codebook_size=64, embedding_dim=16, options={"decay": "0.95"}, hidden_channels=16, residual_blocks=1, batch_size=32, lr=3e-3, epochs=20, workers=0, checkpoint_every=1)
+TINY = RunConfig(
+    train_size=512, codebook_size=64, embedding_dim=16, options={"decay": "0.95"}, hidden_channels=16,
+    residual_blocks=1, batch_size=32, lr=3e-3, epochs=20, workers=0, checkpoint_every=1,
+)
 
-def _child():
+def train_in_child() -> None:
     "What the run's process does: `python -c '…' configuration folder`."
     import torch
     from bavq.core.config import config_from_dict
     from bavq.training.experiments import run
-    signal.signal(signal.SIGINT, signal.default_int_handler)   # an idle kernel's children would ignore it
     torch.set_num_threads(1)
-    run(config_from_dict(json.loads(sys.argv[1])), sys.argv[2], resume=True, progress=False)
+    try:
+        run(config_from_dict(json.loads(sys.argv[1])), sys.argv[2], resume=True, progress=False)
+    except Interrupted as e:
+        sys.exit(128 + e.number)
+    except BavqError as e:
+        sys.exit(str(e))   # to standard error, with exit code 1
 
+# %% ../../nbs/7_comparison/03_live_training.ipynb #bc520722
+_STOPPED = (0, 128 + signal.SIGINT, 128 + signal.SIGTERM, -signal.SIGINT)   # the last: before it could listen
+
+_PROGRAM = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)   # an idle kernel's children would ignore it
+from bavq.comparison.live_training import train_in_child
+train_in_child()
+"""
+
+def _start_process(config: RunConfig, out: Path) -> tuple[subprocess.Popen, IO[bytes]]:
+    "A process that trains a configuration in a folder of `out`, and the file of its errors."
+    errors = tempfile.TemporaryFile()
+    command = [sys.executable, "-c", _PROGRAM, json.dumps(asdict(config)), str(out)]
+    nothing = subprocess.DEVNULL
+    process = subprocess.Popen(command, stdin=nothing, stdout=nothing, stderr=errors)
+    return process, errors
+
+def _last_line(file: IO[bytes]) -> str:
+    "The last line that a process wrote."
+    file.seek(0)
+    lines = file.read().decode(errors="replace").strip().splitlines()
+    return lines[-1] if lines else "no message"
+
+# %% ../../nbs/7_comparison/03_live_training.ipynb #6ccdb56a
 class BackgroundRun:
     "A run in a process of its own, which can be stopped and started again."
-    def __init__(self, config: RunConfig, out: str | Path):   # out: where the run's folder is made
-        self.config, self.folder, self.process, self.stopped = config, Path(out) / run_name(config), None, False
+
+    def __init__(
+        self,
+        config: RunConfig,  # what to train
+        out: str | Path,    # where the run's folder is made
+    ):
+        self.config = config
+        self.folder = Path(out) / run_name(config)
+        self.process: subprocess.Popen | None = None
+        self.asked_to_stop = False
 
     @property
-    def running(self) -> bool: return self.process is not None and self.process.poll() is None
+    def running(self) -> bool:   # is its process at work?
+        return self.process is not None and self.process.poll() is None
 
     def start(self) -> None:
         "Begin, or go on from the last checkpoint."
         require(not self.running, f"{self.folder} is training already: stop it first")
-        self.stopped, self.errors = False, tempfile.TemporaryFile()
-        command = [sys.executable, "-c", "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from bavq.comparison.live_training import _child; _child()", json.dumps(asdict(self.config)), str(self.folder.parent)]
-        self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=self.errors)
+        self.asked_to_stop = False
+        self.process, self.errors = _start_process(self.config, self.folder.parent)
 
     def stop(self) -> None:
         "Ask it to stop; it does so within a moment."
-        if self.running: self.stopped = True; self.process.send_signal(signal.SIGINT)
+        if self.process and self.running:
+            self.asked_to_stop = True
+            self.process.send_signal(signal.SIGINT)
+
+    def history(self) -> list[dict]:
+        "The entries of the epochs that have ended."
+        return read_history(self.folder)
 
     def state(self) -> str:
         "Where it stands, in a word or a line."
-        if self.running: return "stopping" if self.stopped else "training"
-        if (self.folder / "final_metrics.json").exists(): return "finished"
-        if self.process is None or self.stopped or self.process.returncode == 0: return "stopped" if self.history() else "not started"
-        self.errors.seek(0)
-        said = (self.errors.read().decode(errors="replace").strip().splitlines() or ["no message"])[-1]
-        return "stopped" if said.startswith("bavq.core.config.Interrupted") else f"failed: {said}"
+        return _state(self)
 
-    def history(self) -> list[dict]:
-        from bavq.core.storage import read_history
-        return read_history(self.folder)
+# %% ../../nbs/7_comparison/03_live_training.ipynb #20f6fa99
+def _state(task: BackgroundRun) -> str:
+    "Where a run stands: not started, training, stopping, stopped, finished, or failed and why."
+    if task.running:
+        return "stopping" if task.asked_to_stop else "training"
+    if (task.folder / "final_metrics.json").exists():
+        return "finished"
+    has_failed = task.process is not None and task.process.returncode not in _STOPPED
+    if has_failed and not task.asked_to_stop:
+        return f"failed: {_last_line(task.errors)}"
+    return "stopped" if task.history() else "not started"
 
 # %% ../../nbs/7_comparison/03_live_training.ipynb #16a99bf0
+_PANELS = (("recon_loss", "squared error, test"), ("psnr", "PSNR [dB]"), ("perplexity", "perplexity"))
+
+def _draw_curves(axes: Any, history: list[dict], config: RunConfig) -> None:
+    "Three panels over epochs; the last is as high as the codebook is large."
+    for ax, (key, label) in zip(axes, _PANELS):
+        if history:
+            plot_history(history, [key], axes=[ax], label=config.quantizer)
+            ax.get_legend().remove()
+        ax.set(xlabel="epoch", ylabel=label, xlim=(0, config.epochs + 0.5))
+    axes[-1].set_ylim(0, config.codebook_size)
+
+def _last_epoch(history: list[dict], config: RunConfig) -> str:
+    "The last epoch in words."
+    if not history:
+        return "no epoch yet"
+    last = history[-1]
+    use = f"perplexity {last['perplexity']:.1f} of {config.codebook_size}"
+    return f"epoch {last['epoch']} of {config.epochs}, PSNR {last['psnr']:.2f} dB, {use}"
+
 def train_view(
     history: list[dict],   # of a run, an entry for each epoch
     config: RunConfig,     # of the run
     state: str = "",       # training, stopped, …
 ) -> View:
     "The curves of a run so far."
-    def fixed(axes):
-        for ax, key, label, top in zip(axes, ("recon_loss", "psnr", "perplexity"), ("squared error, test", "PSNR [dB]", "perplexity"), (None, None, config.codebook_size)):
-            if history: plot_history(history, [key], axes=[ax], label=config.quantizer)
-            if ax.get_legend(): ax.get_legend().remove()
-            ax.set(xlabel="epoch", ylabel=label, xlim=(0, config.epochs + 0.5))
-            if top: ax.set_ylim(0, top)
-    last = history[-1] if history else None
-    said = f"epoch {last['epoch']} of {config.epochs}, PSNR {last['psnr']:.2f} dB, perplexity {last['perplexity']:.1f} of {config.codebook_size}" if last else "no epoch yet"
-    return View(Sheet(3, 3.2, 2.6, fixed).picture(), f"{method_label(config.quantizer)}, K = {config.codebook_size}, seed {config.seed}: {said}" + (f"; {state}." if state else "."))
+    sheet = Sheet(3, 2.8, 2.3, partial(_draw_curves, history=history, config=config))
+    run = f"{method_label(config.quantizer)}, K = {config.codebook_size}, seed {config.seed}"
+    end = f"; {state}." if state else "."
+    return View(sheet.picture(), f"{run}: {_last_epoch(history, config)}{end}")
 
 # %% ../../nbs/7_comparison/03_live_training.ipynb #43f9b4ad
+class _Panel:
+    "The controls of a training, and its curves."
+
+    def __init__(self, out: str | Path, base: RunConfig):
+        self.out, self.base = out, base
+        self.runs: dict[str, BackgroundRun] = {}
+        methods = [(method_label(m), m) for m in ("ba_vq", "vq_ema")]
+        self.method = choice_buttons(methods, "ba_vq", "method", "quantizer")
+        self.K = choice_buttons([32, 64, 128], 64, "K", "number of codes")
+        self.seed = choice_buttons(list(range(5)), 0, "seed", "another one is another run")
+        w = widgets()
+        self.start = w.Button(description="Start or go on", button_style="primary")
+        self.stop = w.Button(description="Stop", disabled=True)
+        self.picture = w.HTML()
+
+    def chosen(self) -> BackgroundRun:
+        "The run of the chosen method, size and seed."
+        choices = {"quantizer": self.method.value, "codebook_size": self.K.value, "seed": self.seed.value}
+        config = replace(self.base, **choices)
+        return self.runs.setdefault(run_name(config), BackgroundRun(config, self.out))
+
+    def show(self, _: Any = None) -> None:
+        "Draw the curves of the chosen run, and say which buttons can be pressed."
+        task = self.chosen()
+        self.picture.value = as_html(train_view(task.history(), task.config, task.state()))
+        self.start.disabled = task.running or task.state() == "finished"
+        self.stop.disabled = not task.running
+
+# %% ../../nbs/7_comparison/03_live_training.ipynb #15af1751
+async def _watch(panel: _Panel) -> None:
+    "Draw again whenever an epoch has ended or the state has changed, until no run is at work."
+    seen = None
+    while any(task.running for task in panel.runs.values()):
+        await asyncio.sleep(0.3)
+        now = (panel.chosen().state(), len(panel.chosen().history()))
+        if now != seen:
+            seen = now
+            panel.show()
+    panel.show()
+
+def _begin(panel: _Panel, _: Any) -> None:
+    "Start the chosen run, and watch it while the kernel is free."
+    panel.chosen().start()
+    panel.show()
+    asyncio.get_running_loop().create_task(_watch(panel))
+
+def _end(panel: _Panel, _: Any) -> None:
+    "Ask the chosen run to stop."
+    panel.chosen().stop()
+    panel.show()
+
+# %% ../../nbs/7_comparison/03_live_training.ipynb #ef998445
 def trainer(
     out: str | Path = "../../experiments/explore/tiny",  # where the runs are kept
-    base: RunConfig = TINY,                           # what they share
-):
-    "Method, K and seed to choose, a button that starts or goes on, one that stops, and the curves."
+    base: RunConfig = TINY,                              # what they share
+) -> Any:
+    "Method, K and seed to choose, a button that starts or goes on, one that stops, and the curves: a widget."
     w = widgets()
-    method = _choice([(method_label(m), m) for m in ("ba_vq", "vq_ema")], "ba_vq", "method", "quantizer")
-    K, seed = _choice([32, 64, 128], 64, "K", "number of codes"), _choice(list(range(5)), 0, "seed", "another one is another run")
-    start, stop, picture, runs = w.Button(description="Start or go on", button_style="primary"), w.Button(description="Stop", disabled=True), w.HTML(), {}
-    def chosen():
-        config = replace(base, quantizer=method.value, codebook_size=K.value, seed=seed.value)
-        return runs.setdefault(run_name(config), BackgroundRun(config, out))
-    def show(_=None):
-        task = chosen()
-        picture.value = as_html(train_view(task.history(), task.config, task.state()))
-        start.disabled, stop.disabled = task.running or task.state() == "finished", not task.running
-    async def watch():
-        seen = None
-        while any(r.running for r in runs.values()):
-            await asyncio.sleep(0.3)
-            if (now := (chosen().state(), len(chosen().history()))) != seen: seen = now; show()
-        show()
-    def begin(_): chosen().start(); show(); asyncio.get_running_loop().create_task(watch())
-    start.on_click(begin); stop.on_click(lambda _: (chosen().stop(), show()))
-    for c in (method, K, seed): c.observe(show, "value")
-    show()
-    return w.VBox([w.HBox([method, K, seed, start, stop], layout=w.Layout(flex_flow="row wrap")), picture])
+    panel = _Panel(out, base)
+    panel.start.on_click(partial(_begin, panel))
+    panel.stop.on_click(partial(_end, panel))
+    choices = [panel.method, panel.K, panel.seed]
+    for control in choices:
+        control.observe(panel.show, "value")
+    panel.show()
+    row = w.HBox([*choices, panel.start, panel.stop], layout=w.Layout(flex_flow="row wrap"))
+    return w.VBox([row, panel.picture])

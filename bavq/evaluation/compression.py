@@ -18,7 +18,8 @@ from ..core.storage import atomic_write
 from ..training.data import normalize, read_image
 from .evaluate import as_pixels
 from ..theory.metrics import code_counts
-from ..models.priors import Prior, load_prior, model_hash
+from ..models.maskgit import load_prior, model_hash
+from ..models.priors import Prior
 from ..models.vqvae import VQVAE
 from ..training.checkpoints import load_model
 
@@ -520,7 +521,8 @@ def compress_folder(
     "Write a file for each image, and print a line for each."
     jobs = plan_files(folder, out, (".png", ".jpg", ".jpeg", ".webp", ".bmp"), lambda name: name + ".bavq")
     model, p, tile = load_parts(run, prior)
-    grey = model.decoder.layers[-1].out_channels == 1
+    decoder: Any = model.decoder
+    grey = decoder.layers[-1].out_channels == 1
     total = 0
     pixels = 0
     for source, target in jobs.items():

@@ -534,7 +534,7 @@ def _draw_operating_point(ax, e, method):
     if not e.curve:
         ax.set_axis_off()
         return
-    bound = [[point[k] for point in e.curve] for k in ("rate_bits", "distortion")]
+    bound = tuple([point[k] for point in e.curve] for k in ("rate_bits", "distortion"))
     run = (e.metrics["rate_bits"], e.metrics["latent_distortion"])
     plot_rd(bound, {method or "run": run}, ax).set_xlabel("rate [bit per latent]")
 

@@ -53,9 +53,11 @@ def exponent(
     marginal: str | float,  # free, uniform, balanced, or a number
 ) -> float:
     "The weight a of log Q: 1 (Blahut–Arimoto), 0, -∞, or what is given."
-    a = float(marginal) if is_number(marginal) else choose(marginal, MARGINALS, "marginal")
-    require(a <= 1, f"marginal is {marginal}: give free, uniform, balanced, or a number up to 1")
-    return a
+    if isinstance(marginal, str):
+        return choose(marginal, MARGINALS, "marginal")
+    possible = is_number(marginal) and marginal <= 1
+    require(possible, f"marginal is {marginal}: give free, uniform, balanced, or a number up to 1")
+    return float(marginal)
 
 # %% ../../nbs/2_quantizers/05_ba_vq.ipynb #1b9b9fca
 def log_share(

@@ -206,7 +206,11 @@ class LearningHooks(nn.Module):
     num_embeddings: int
     embedding_dim: int
     commitment_cost: float
-    codebook: Tensor  # the codes [K, D]; every subclass keeps them in its own way
+
+    @property
+    def codebook(self) -> Tensor:
+        "The codes [K, D]; every subclass keeps them in its own way."
+        raise NotImplementedError(f"{type(self).__name__} needs a property `codebook`")
 
     def write_codes(self, codes: Tensor) -> None:
         raise NotImplementedError(f"{type(self).__name__} needs `write_codes(codes)`")

@@ -25,10 +25,10 @@ class PreciseBuffers(nn.Module):
     precise: tuple[str, ...] = ()
 
     def _apply(self, fn: Callable, recurse: bool = True):
-        before = {name: self._buffers[name] for name in self.precise}
+        before = {name: self.get_buffer(name) for name in self.precise}
         super()._apply(fn, recurse)
         for name, kept in before.items():
-            moved = self._buffers[name]
+            moved = self.get_buffer(name)
             if moved.dtype in (torch.bfloat16, torch.float16):
                 self._buffers[name] = kept.to(moved.device)
         return self

@@ -184,11 +184,8 @@ class CompositeQuantizer(Sharing):
         return f"K={'·'.join(map(str, self.sizes))}, D={self.embedding_dim}"
 
 # %% ../../nbs/2_quantizers/07_composite.ipynb #6ab9f7a5
-def check_joinable(
-    parts: Sequence[Any],   # quantizers
-    sizes: Sequence[int],   # codes that each should have
-) -> None:
-    "A `BavqError` where parts cannot be joined."
+def check_joinable(parts: Sequence[Any], sizes: Sequence[int]) -> None:
+    "A `BavqError` where quantizers of so many codes each cannot be joined."
     fixed = all(p.num_embeddings == size for p, size in zip(parts, sizes))
     require(fixed, "parts that grow cannot be joined: let a quantizer of its own grow")
     dropping = any(getattr(p, "dropout", 0) for p in parts)
@@ -283,9 +280,10 @@ class ProductQuantizer(CompositeQuantizer):
         base: str = "ba_vq",   # registered name of the quantizer of each group
         **options: Any,        # more arguments of it
     ):
-        listed = isinstance(groups, (tuple, list))
-        require(listed or is_whole(groups), f"groups is {groups!r}: give how many, or the codes of each")
-        M = len(groups) if listed else int(groups)
+        given: Any = groups
+        listed = isinstance(given, (tuple, list))
+        require(listed or is_whole(given), f"groups is {given!r}: give how many, or the codes of each")
+        M = len(given) if listed else int(given)
         require(
             M >= 1 and embedding_dim % M == 0,
             f"embedding_dim {embedding_dim} does not divide into {M} groups: give a multiple of the groups")

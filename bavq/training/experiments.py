@@ -30,8 +30,10 @@ from ..core.distributed import get_rng_state, set_rng_state
 from ..core.errors import BavqError, DiskError, require
 from ..core.storage import (
     atomic_write, check_folder, only_writer, read_history, read_json, read_weights, write_json, write_weights)
+from ..models.networks import NETWORKS
 from ..quantizers.base import ALIASES, QUANTIZERS, read_option, resolve_alias
 from .checkpoints import Training
+from .data import DATASETS
 from .loop import fit, on_step, prepare, train_epoch
 if TYPE_CHECKING:
     import pandas as pd
@@ -186,8 +188,9 @@ def plugin_modules(
     config: RunConfig,  # that may name your own classes
 ) -> list[str]:
     "Modules outside this package that define what a configuration names."
+    parts = ((QUANTIZERS, config.quantizer), (NETWORKS, config.network), (DATASETS, config.data))
     found = set()
-    for registry, name in ((QUANTIZERS, config.quantizer),):
+    for registry, name in parts:
         if name in registry and hasattr(registry[name], "__module__"):
             module = registry[name].__module__
         else:
@@ -568,7 +571,7 @@ def load_results(
     "A row for each finished run, of a study's records or of folders of runs; a `BavqError` if there is none."
     import pandas as pd
     rows = [row for path in files_of_results(Path(folder)) for row in rows_of_file(path)]
-    require(rows, f"there is no finished run under {folder}: train one, or check the path")
+    require(bool(rows), f"there is no finished run under {folder}: train one, or check the path")
     return pd.DataFrame(rows)
 
 # %% ../../nbs/4_training/04_experiments.ipynb #14035900

@@ -293,6 +293,13 @@ def attempt_on_cluster(
     return outcome, {} if shared or outcome.error else files_of_run(folder)
 
 # %% ../../nbs/4_training/05_sweeps.ipynb #af6002e8
+def write_file(
+    path: Path,      # the file to make or to replace
+    content: bytes,  # all of it
+) -> None:
+    "Write a file, whole or not at all."
+    atomic_write(path, lambda f: f.write(content))
+
 def collect(
     ray: Any,      # the module, connected
     ref: Any,      # of a task that has ended
@@ -306,8 +313,7 @@ def collect(
         error = f"its process or machine was lost each time ({type(e).__name__})"
         outcome = Outcome(folder.name, None, error)
     for name in sorted(files.keys() - {FINAL}) + sorted(files.keys() & {FINAL}):
-        content = files[name]
-        atomic_write(folder / name, lambda f, content=content: f.write(content))
+        write_file(folder / name, files[name])
     log_event(folder.parent, run=folder.name, event=outcome.error or "complete")
     return outcome
 
