@@ -22,7 +22,7 @@ from bavq.evaluation.compression import (
     read_codes,
     read_header,
 )
-from bavq.models.priors import make_prior
+from bavq.models.maskgit import make_prior
 from bavq.models.vqvae import VQVAE
 
 pytest.importorskip("constriction")

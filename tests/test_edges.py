@@ -23,7 +23,7 @@ from bavq.core.plots import cell_borders
 from bavq.evaluation.evaluate import evaluate, operating_point
 from bavq.evaluation.reports import load_weights, report
 from bavq.models.networks import Decoder
-from bavq.models.priors import make_prior
+from bavq.models.maskgit import make_prior
 from bavq.models.vqvae import VQVAE
 from bavq.quantizers.base import VectorQuantizer
 from bavq.studies.linear_lab import distortion_bound

@@ -21,7 +21,7 @@ from bavq.core.config import RunConfig, check_config, config_from_dict
 from bavq.core.errors import BavqError
 from bavq.core.storage import newest_checkpoint, read_json, read_weights, write_json
 from bavq.evaluation.reports import load_weights, weights_from
-from bavq.models.priors import load_prior, make_prior
+from bavq.models.maskgit import load_prior, make_prior
 from bavq.quantizers.base import make_quantizer
 from bavq.training.data import load_images, read_arrays, read_image
 from bavq.training.experiments import read_config, run

@@ -36,7 +36,7 @@ from bavq.cli import main
 from bavq.core.config import RunConfig, check_config, config_from_dict
 from bavq.core.errors import BavqError
 from bavq.core.storage import read_json, read_weights, write_json
-from bavq.models.priors import load_prior, make_prior
+from bavq.models.maskgit import load_prior, make_prior
 from bavq.training.experiments import environment, load_results, read_config, run
 from bavq.training.sweeps import sweep
 from bavq.training.checkpoints import load_model

@@ -18,7 +18,8 @@ from ..core.storage import atomic_write
 from ..training.data import normalize, read_image
 from .evaluate import as_pixels
 from ..theory.metrics import code_counts
-from ..models.priors import Prior, load_prior, model_hash
+from ..models.maskgit import load_prior, model_hash
+from ..models.priors import Prior
 from ..models.vqvae import VQVAE
 from ..training.checkpoints import load_model
 

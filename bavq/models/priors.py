@@ -4,19 +4,15 @@
 
 # %% ../../nbs/3_models/04_priors.ipynb #418be95f
 from __future__ import annotations
-import hashlib
 import math
-from pathlib import Path
 from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from ..core.errors import BavqError, choose, is_whole, require, typed
-from ..core.storage import newest_checkpoint, read_json, read_weights
+from ..core.errors import is_whole, require, typed
 
 # %% auto #0
-__all__ = ['Prior', 'filter_logits', 'PixelCNN', 'TransformerPrior', 'MaskGIT', 'sample_levels', 'make_prior', 'load_prior',
-           'model_hash']
+__all__ = ['Prior', 'filter_logits', 'PixelCNN', 'TransformerPrior', 'sample_levels']
 
 # %% ../../nbs/3_models/04_priors.ipynb #ae11e330
 class Prior(nn.Module):
@@ -256,7 +252,14 @@ class PixelCNN(Prior):
 
     It reaches `layers` + 1 rows up and columns to the left.
     """
-    def __init__(self, num_embeddings, grid, channels=64, layers=4, num_classes=0, top_embeddings=0):
+    def __init__(self,
+        num_embeddings: int,      # K, number of codes
+        grid: tuple[int, int],    # (H, W)
+        channels: int = 64,       # C, width of the network: a multiple of 16
+        layers: int = 4,          # its depth
+        num_classes: int = 0,     # of the labels it is conditioned on; 0: none
+        top_embeddings: int = 0,  # codes of the coarser grids it is conditioned on; 0: none
+    ):
         super().__init__(num_embeddings, grid, channels, layers, num_classes, top_embeddings)
         self.embed = nn.Embedding(num_embeddings, channels)
         self.layers = nn.ModuleList(GatedLayer(channels, first=i == 0) for i in range(layers))
@@ -312,7 +315,14 @@ class GridTransformer(Prior):
     "What both Transformers share: embeddings of codes, places and the condition; layers; a head."
     masks = 0   # values that stand for no code, after the K that do
 
-    def __init__(self, num_embeddings, grid, channels=64, layers=4, num_classes=0, top_embeddings=0):
+    def __init__(self,
+        num_embeddings: int,      # K, number of codes
+        grid: tuple[int, int],    # (H, W)
+        channels: int = 64,       # C, width of the network: a multiple of 16
+        layers: int = 4,          # its depth
+        num_classes: int = 0,     # of the labels it is conditioned on; 0: none
+        top_embeddings: int = 0,  # codes of the coarser grids it is conditioned on; 0: none
+    ):
         super().__init__(num_embeddings, grid, channels, layers, num_classes, top_embeddings)
         self.embed = nn.Embedding(num_embeddings + self.masks, channels)
         self.position = nn.Parameter(sines(grid, channels))
@@ -360,135 +370,6 @@ class TransformerPrior(GridTransformer):
             x = block(x, past=past, t=t)
         return self.head(x)[:, 0]
 
-# %% ../../nbs/3_models/04_priors.ipynb #7b2b7a9f
-def masked_counts(
-    length: int,  # T, codes of a grid
-    steps: int,   # passes, 1 to T
-) -> list[int]:
-    "How many codes are masked before each pass, then 0: a cosine (Chang et al. 2022, sec. 3.3)."
-    require(1 <= steps <= length, f"steps is {steps}: give 1 to {length}, the number of codes")
-    counts = [length]
-    for i in range(1, steps):
-        cosine = math.ceil(length * math.cos(math.pi / 2 * i / steps))
-        left = max(steps - i, cosine)   # at least one code for each pass that follows
-        counts.append(min(counts[-1] - 1, left))
-    return counts + [0]
-
-# %% ../../nbs/3_models/04_priors.ipynb #f701c26d
-def random_masks(
-    counts: Tensor,         # how many places of each grid, [B]
-    grid: tuple[int, int],  # (H, W)
-    generator: torch.Generator | None = None,  # None: torch's own
-) -> Tensor:                # [B, H, W] bool
-    "As many random places of each grid."
-    rank = torch.rand(len(counts), grid[0] * grid[1], generator=generator, device=counts.device).argsort(1)
-    return (rank < counts[:, None]).view(-1, *grid)
-
-# %% ../../nbs/3_models/04_priors.ipynb #6a15f86c
-def masked_nats(
-    prior: MaskGIT,             # that predicts
-    indices: Tensor,            # [B, H, W], nothing masked
-    masked: Tensor,             # [B, H, W] bool
-    cond: Tensor | None = None, # labels [B], or coarser grids [B, h, w]
-) -> Tensor:                    # [B, H, W]
-    "Cross-entropy of the masked codes given the others; 0 for the others."
-    logits = prior.logits(indices.masked_fill(masked, prior.num_embeddings), cond)
-    return nats(logits, check_grids(prior, indices, prior.num_embeddings)) * masked
-
-# %% ../../nbs/3_models/04_priors.ipynb #5563e39e
-class MaskGIT(GridTransformer):
-    "A Transformer that predicts masked codes from all others (Chang et al. 2022). The value K masks a code."
-    causal, masks = False, 1
-
-    def logits(self, indices, cond=None):
-        "Logits [B, H, W, K] of every code given all that are not masked."
-        codes = self.embed(check_grids(self, indices, self.num_embeddings + 1).flatten(1))
-        x = codes + self.places(cond, len(indices))
-        for block in self.blocks:
-            x = block(x)
-        return self.head(x).unflatten(1, self.grid)
-
-    def loss(self, indices, cond=None):
-        "Mean cross-entropy of masked codes, in nats."
-        share = torch.cos(math.pi / 2 * torch.rand(len(indices), device=indices.device))
-        masked = random_masks((share * self.length).ceil().clamp(min=1), self.grid)
-        return masked_nats(self, indices, masked, cond).sum() / masked.sum()
-
-    def nll(self, indices, cond=None, steps: int = 0):
-        "Nats [B] of revealing the grids in one fixed random order, in so many passes; 0: one code a pass."
-        return fixed_order_nll(self, indices, cond, steps or self.length)
-
-    def nll_estimate(self, indices, cond=None):
-        "An estimate [B] of `nll`, in nats, from one pass."
-        return one_pass_nll(self, indices, cond)
-
-    def sample(self, n, cond=None, temperature=1.0, top_k=0, top_p=1.0, steps: int = 0,
-               choice_temperature: float = 4.5):
-        "New grids [n, H, W] in `steps` passes; 0: eight, or one a code where there are fewer."
-        return sample_masked(self, n, cond, steps or min(8, self.length), choice_temperature,
-                             temperature=temperature, top_k=top_k, top_p=top_p)
-
-# %% ../../nbs/3_models/04_priors.ipynb #1b5f9aa4
-@torch.no_grad()
-def sample_masked(
-    prior: MaskGIT,                   # that is drawn from
-    n: int,                           # grids
-    cond: Tensor | None = None,       # labels [n], or coarser grids [n, h, w]
-    steps: int = 8,                   # passes
-    choice_temperature: float = 4.5,  # of the noise on what counts as sure, falling to 0
-    **options: Any,                   # of `filter_logits`
-) -> Tensor:                          # [n, H, W]
-    "Draw all masked codes, keep the surest, mask the others again, as many as `masked_counts` says."
-    indices = torch.full((n, *prior.grid), prior.num_embeddings, device=prior.embed.weight.device)
-    for i, after in enumerate(masked_counts(prior.length, steps)[1:]):
-        masked = indices == prior.num_embeddings
-        logits = filter_logits(prior.logits(indices, cond), **options)
-        drawn = draw_codes(logits)
-        sure = logits.log_softmax(-1).gather(-1, drawn[..., None])[..., 0]
-        gumbel = -torch.empty_like(sure).exponential_().log()
-        noise = choice_temperature * (1 - (i + 1) / steps) * gumbel
-        sure = (sure + noise).masked_fill(~masked, math.inf)
-        rank = sure.flatten(1).argsort(1).argsort(1).view_as(sure)
-        indices = torch.where(masked & (rank >= after), drawn, indices)
-    return indices
-
-# %% ../../nbs/3_models/04_priors.ipynb #fb24996e
-def fixed_order_nll(
-    prior: MaskGIT,       # that predicts
-    indices: Tensor,      # [B, H, W]
-    cond: Tensor | None,  # labels [B], or coarser grids [B, h, w]
-    steps: int,           # passes
-) -> Tensor:              # [B] nats
-    "The cost of revealing grids in one fixed random order, in so many passes."
-    counts = masked_counts(prior.length, steps)
-    order = torch.randperm(prior.length, generator=torch.Generator().manual_seed(0))
-    rank = order.view(1, *prior.grid).to(indices.device)
-    total = torch.zeros((), device=indices.device)
-    for now, after in zip(counts, counts[1:]):
-        cost = masked_nats(prior, indices, (rank < now).expand_as(indices), cond)
-        total = total + (cost * (rank >= after)).sum((1, 2))
-    return total
-
-# %% ../../nbs/3_models/04_priors.ipynb #f41bd851
-def one_pass_nll(
-    prior: MaskGIT,       # that predicts
-    indices: Tensor,      # [B, H, W]
-    cond: Tensor | None,  # labels [B], or coarser grids [B, h, w]
-) -> Tensor:              # [B] nats
-    "T times the mean over a random set of masked codes, of any size alike (Hoogeboom et al. 2022)."
-    n, device = len(indices), indices.device
-    generator = torch.Generator(device).manual_seed(0)
-    again = -(-prior.length // n)   # a small batch is looked at more often, for masks of every size
-    indices = indices.repeat(again, 1, 1)
-    if cond is not None:
-        cond = torch.cat([cond] * again)
-    spread = torch.arange(n * again, device=device) / (n * again)
-    spread = spread + torch.rand(1, generator=generator, device=device)
-    counts = 1 + (spread % 1 * prior.length).long()
-    masked = random_masks(counts, prior.grid, generator)
-    cost = masked_nats(prior, indices, masked, cond).sum((1, 2)) * prior.length / counts
-    return cost.view(again, n).mean(0)
-
 # %% ../../nbs/3_models/04_priors.ipynb #aeb5f9f9
 def sample_levels(
     priors: list[Prior],         # from coarse to fine, each conditioned on the grids of the one before
@@ -502,61 +383,3 @@ def sample_levels(
         cond = prior.sample(n, cond, **options)
         grids.append(cond)
     return grids
-
-# %% ../../nbs/3_models/04_priors.ipynb #4d910567
-PRIORS = dict(pixelcnn=PixelCNN, transformer=TransformerPrior, maskgit=MaskGIT)
-
-# %% ../../nbs/3_models/04_priors.ipynb #d3cb7a0a
-@typed
-def make_prior(
-    kind: str,              # pixelcnn, transformer or maskgit
-    num_embeddings: int,    # K, number of codes
-    grid: tuple[int, int],  # (H, W)
-    **options: Any,         # channels, layers, num_classes, top_embeddings
-) -> Prior:
-    "A prior by name."
-    return choose(kind, PRIORS, "prior")(num_embeddings, grid, **options)
-
-# %% ../../nbs/3_models/04_priors.ipynb #7de5e3d3
-def load_prior(
-    folder: str | Path,  # of a prior, finished or not
-) -> Prior:
-    "The final prior, or that of its newest checkpoint, in evaluation mode on the CPU."
-    folder = Path(folder)
-    path = folder / "config.json"
-    found = read_json(path) if path.is_file() else {}
-    require({"kind", "codes"} <= found.keys(),
-            f"{folder} is not the folder of a prior: give one of those in priors/ of a run's folder")
-    sizes = {k: v for k, v in found["codes"].items() if k != "model"}
-    state = prior_weights(folder)
-    prior = make_prior(found["kind"], channels=found["channels"], layers=found["layers"], **sizes)
-    try:
-        prior.load_state_dict(state)
-    except RuntimeError:
-        raise BavqError(f"the weights in {folder} are of another version of {found['kind']}: "
-                        f"train the prior again") from None
-    return prior.eval()
-
-# %% ../../nbs/3_models/04_priors.ipynb #c78c6ea1
-def prior_weights(
-    folder: Path,  # of a prior
-) -> dict[str, Tensor]:
-    "The final weights, or those of the newest checkpoint."
-    final = folder / "final_model.pt"
-    if final.exists():
-        return read_weights(final)
-    state = newest_checkpoint(folder)
-    if not state:
-        raise BavqError(f"{folder} holds no weights yet: resume the prior first")
-    return state["model_state_dict"]
-
-# %% ../../nbs/3_models/04_priors.ipynb #589d991f
-def model_hash(
-    model: nn.Module,  # anything with weights
-) -> str:
-    "SHA-256 of all weights and buffers, in hexadecimal."
-    digest = hashlib.sha256()
-    for name, v in sorted(model.state_dict().items()):
-        digest.update(f"{name} {v.dtype} {list(v.shape)} ".encode())
-        digest.update(v.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

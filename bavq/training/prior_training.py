@@ -18,7 +18,8 @@ from ..core.config import RunConfig, check_config
 from ..core.distributed import set_seed
 from ..core.storage import (Interrupted, atomic_write, newest_checkpoint, only_writer, read_json,
     stop_signals, write_history, write_json, write_weights)
-from ..models.priors import Prior, load_prior, make_prior, model_hash
+from ..models.maskgit import load_prior, make_prior, model_hash
+from ..models.priors import Prior
 from .data import epoch_order, get_dataloaders, read_arrays
 from .checkpoints import Training, load_model, locate_error, restore_state, save_checkpoint
 from .loop import cooled_rate, end_epoch, make_accelerator, rest_of_epoch, start_log
@@ -117,19 +118,11 @@ def extract_codes(
             image_size=c.image_size)
         codes = model_codes(model, train_loader, test_loader)[0]
         for f, array in zip(files, codes[:4]):
-            save_array(f, array)
+            atomic_write(f, lambda file: np.save(file, array))
     train, test, train_cond, test_cond = (read_arrays(f)["images"] for f in files)
     quantizer: Any = model.quantizer
     classes = count_classes(train_cond, test_cond)
     return Codes(train, test, train_cond, test_cond, quantizer.num_embeddings, classes, model=digest)
-
-# %% ../../nbs/4_training/06_prior_training.ipynb #127b2db3
-def save_array(
-    path: Path,         # an .npy file
-    array: np.ndarray,  # what goes into it
-) -> None:
-    "Write an array, whole or not at all."
-    atomic_write(path, lambda file: np.save(file, array))
 
 # %% ../../nbs/4_training/06_prior_training.ipynb #0aef4760
 def with_neighbour(
@@ -220,12 +213,9 @@ class CodeBatches:
     ):
         fits = batch_size >= 1 and (batch_size <= len(grids) or not train)
         require(fits, f"batch_size is {batch_size}, with {len(grids)} grids: give 1 to {len(grids)}")
-        self.grids = grids
-        self.cond = cond
-        self.batch_size = batch_size
-        self.seed = seed
-        self.train = train
-        self.device = device
+        self.grids, self.cond = grids, cond
+        self.batch_size, self.train = batch_size, train
+        self.seed, self.device = seed, device
         self.num_images = len(grids)
         self.set_epoch(0)
 
@@ -253,8 +243,8 @@ def check_prior_config(
 ) -> PriorConfig:         # with its name
     "The configuration, or a `BavqError`."
     check_types(config)
-    named = check_config(RunConfig(name=config.name))   # names as those of runs
-    c = replace(config, name=named.name or config.kind)
+    name = check_config(RunConfig(name=config.name)).name   # names as those of runs
+    c = replace(config, name=name or config.kind)
     require(min(c.epochs, c.checkpoint_every) >= 1,
             f"epochs is {c.epochs}, checkpoint_every {c.checkpoint_every}: give at least 1 of each")
     require(c.lr > 0 and 0 <= c.cooldown <= 1,
@@ -270,8 +260,7 @@ def code_loaders(
 ) -> tuple[CodeBatches, CodeBatches]:
     "Batches of training and of test grids, with what the prior is told of them."
     told = codes.top_embeddings or (c.class_conditional and codes.num_classes)
-    train_cond = codes.train_cond if told else None
-    test_cond = codes.test_cond if told else None
+    train_cond, test_cond = (codes.train_cond, codes.test_cond) if told else (None, None)
     train_loader = CodeBatches(codes.train, train_cond, c.batch_size, c.seed, device=device)
     test_loader = CodeBatches(codes.test, test_cond, 250, train=False, device=device)
     return train_loader, test_loader
@@ -321,8 +310,8 @@ def prior_epoch(
     loss = rest_of_epoch(t, folder, set_rate)["loss"]
     bits = bits_per_code(t.model, t.test_loader)
     if not math.isfinite(bits):
-        why = BavqError("the cost of the test codes is not finite: give a smaller lr")
-        raise locate_error(t, folder, why)
+        error = BavqError("the cost of the test codes is not finite: give a smaller lr")
+        raise locate_error(t, folder, error)
     return end_epoch(t, dict(epoch=t.epoch + 1, train_loss=loss, bits_per_code=bits))
 
 # %% ../../nbs/4_training/06_prior_training.ipynb #8be8bbd7
@@ -391,8 +380,8 @@ def prior_epochs(
         log(entry)
         write_history(t.history, folder)
         if progress:
-            loss, bits = f"{entry['train_loss']:.4f}", f"{entry['bits_per_code']:.3f}"
-            print(f"Epoch {t.epoch}/{c.epochs} | Train Loss {loss} | Test {bits} bits per code", flush=True)
+            print(f"Epoch {t.epoch}/{c.epochs} | Train Loss {entry['train_loss']:.4f} | "
+                  f"Test {entry['bits_per_code']:.3f} bits per code", flush=True)
         if t.epoch % c.checkpoint_every == 0 or t.epoch == c.epochs:
             save_checkpoint(t, folder)
 
@@ -404,9 +393,8 @@ def write_final_prior(
 ) -> dict[str, float]:
     "Write the weights, then the metrics; returns those."
     write_weights(folder / "final_model.pt", t.model.state_dict())
-    parameters = sum(p.numel() for p in t.model.parameters())
-    bits = t.history[-1]["bits_per_code"]
-    final = dict(bits_per_code=bits) | code_bits(codes) | dict(parameters=parameters)
+    bits = dict(bits_per_code=t.history[-1]["bits_per_code"])
+    final = bits | code_bits(codes) | dict(parameters=sum(p.numel() for p in t.model.parameters()))
     write_json(folder / "final_metrics.json", final)
     return final
 
@@ -458,11 +446,10 @@ def decoded_tests(
     blank: Tensor,      # [n, C, H, W], where there are fewer
 ) -> Tensor:            # [n, C, H, W]
     "The first n test images as their codes give them back, filled up with blanks."
-    n = len(blank)
     if len(grids) == 0:
         return blank
-    images = model.decode_codes(torch.from_numpy(grids[:n].astype(np.int64)))
-    return torch.cat([images, blank])[:n]
+    images = model.decode_codes(torch.from_numpy(grids[:len(blank)].astype(np.int64)))
+    return torch.cat([images, blank])[:len(blank)]
 
 # %% ../../nbs/4_training/06_prior_training.ipynb #d95e6aec
 def samples_figure(
