@@ -17,6 +17,7 @@ __all__ = ['METRICS', 'groups', 'summarise', 'tables']
 # %% ../../nbs/5_evaluation/04_summaries.ipynb #b83a07d4
 METRICS = ("psnr", "perplexity", "usage_rate", "dead_codes")
 
+# %% ../../nbs/5_evaluation/04_summaries.ipynb #bf69f458
 def groups(
     df: pd.DataFrame,  # a row for each run
 ) -> list[str]:        # names of columns
@@ -36,6 +37,7 @@ def _by_seed(method: str, runs: pd.DataFrame) -> pd.DataFrame:
     require(by_seed.index.is_unique, repeated)
     return by_seed
 
+# %% ../../nbs/5_evaluation/04_summaries.ipynb #ac03ecfa
 def _summary_row(method: str, runs: pd.DataFrame, baseline: pd.DataFrame | None) -> dict[str, Any]:
     "Means of a method's runs, and differences to the baseline's where seeds are shared."
     pairs = 0 if baseline is None else len(runs.index.intersection(baseline.index))
@@ -70,6 +72,7 @@ def _as_text(value: float, m: str, sign: str = "") -> str:
     "A measurement, or a dash where there is none."
     return "–" if pd.isna(value) else f"{value:{sign}.{DIGITS[m]}f}"
 
+# %% ../../nbs/5_evaluation/04_summaries.ipynb #0b120442
 def _mean_as_text(row: pd.Series, m: str) -> str:
     half = row[f"{m}_half"]
     return _as_text(row[m], m) + ("" if pd.isna(half) else f" ± {_as_text(half, m)}")

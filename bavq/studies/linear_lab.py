@@ -101,6 +101,7 @@ def nearest(
     "Index of the nearest code of each latent."
     return (z @ codes.T - 0.5 * (codes**2).sum(1)).argmax(1)
 
+# %% ../../nbs/6_studies/01_linear_lab.ipynb #41d99fb5
 def linear_scores(
     q: LinearVQ,
     x: np.ndarray,        # samples [N, D]
@@ -201,6 +202,7 @@ def random_axes(x: np.ndarray, s: Lab) -> np.ndarray:
     "A random encoder, [D, m]."
     return polar(np.random.default_rng(s.seed).normal(size=(x.shape[1], s.rank)))
 
+# %% ../../nbs/6_studies/01_linear_lab.ipynb #31b921cd
 STARTS = dict(random=random_axes, pca=principal_axes)
 
 def begin(x: np.ndarray, K: int, s: Lab) -> tuple[np.ndarray, np.ndarray, Iterator[np.ndarray]]:
@@ -217,6 +219,7 @@ def pca_lloyd(x: np.ndarray, K: int, s: Lab, starts: int = 1) -> Steps:
     W = principal_axes(x, s)
     yield W, KMeans(K, n_init=starts, random_state=s.seed).fit(x @ W).cluster_centers_
 
+# %% ../../nbs/6_studies/01_linear_lab.ipynb #1564fe9f
 def descend(gradients: Callable, x: np.ndarray, K: int, s: Lab) -> Steps:
     "Gradient descent: along the manifold for W, plain for the codes."
     W, codes, batches = begin(x, K, s)
@@ -247,8 +250,9 @@ def vq_ema_codebook(K: int, s: Lab) -> VQEMAQuantizer:
     return VQEMAQuantizer(K, s.rank, decay=s.decay)
 
 def ba_vq_codebook(marginal: str, K: int, s: Lab) -> BAQuantizer:
-    return BAQuantizer(K, s.rank, beta=tuple(s.anneal), marginal=marginal, decay=s.decay)
+    return BAQuantizer(K, s.rank, beta=(s.anneal[0], s.anneal[1]), marginal=marginal, decay=s.decay)
 
+# %% ../../nbs/6_studies/01_linear_lab.ipynb #19da42f0
 TRAINERS: dict[str, Callable[[np.ndarray, int, Lab], Steps]] = dict(
     lloyd_best=partial(pca_lloyd, starts=10),
     pca_lloyd=pca_lloyd,
@@ -290,5 +294,6 @@ def _check_fit(x: np.ndarray, K: int, s: Lab) -> None:
     fix = "give at least 1 step, and a commitment of 0 or more"
     require(can_train, f"steps is {s.steps}, commitment {s.commitment}: {fix}")
 
+# %% ../../nbs/6_studies/01_linear_lab.ipynb #28ed8c82
 def _history_entry(step: int, W: np.ndarray, codes: np.ndarray, x: np.ndarray) -> dict[str, float]:
     return dict(step=step, **linear_scores(LinearVQ(W, codes), x[:4096]))

@@ -35,6 +35,7 @@ RATES = (0.2, 0.4, 0.8, 1.6, 3.2)
 DECAYS = (0.99, 0.98, 0.95, 0.9)
 STARTED_FROM = ("random", "pca")
 
+# %% ../../nbs/6_studies/06_linear_lab_studies.ipynb #0fef6a73
 def _grid(shared: dict[str, Any], **axes: Sequence) -> list[dict[str, Any]]:
     "A job for each combination of the axes' values."
     return [shared | dict(zip(axes, values)) for values in itertools.product(*axes.values())]
@@ -72,6 +73,7 @@ def _samples(source: LowRankSource, seed: int) -> tuple[np.ndarray, np.ndarray]:
     "Samples [N, D] to learn from, and others to measure on."
     return source.sample(TRAIN, 2 * seed), source.sample(TEST, 2 * seed + 1)
 
+# %% ../../nbs/6_studies/06_linear_lab_studies.ipynb #01489941
 def run_job(job: dict[str, Any], source: LowRankSource, seed: int) -> dict[str, Any]:
     "Fit and measure once; the row holds the job (method, K, settings), its scores, and its curve."
     of_source = {f.name: job[f.name] for f in fields(LowRankSource) if f.name in job}
@@ -85,6 +87,7 @@ def run_job(job: dict[str, Any], source: LowRankSource, seed: int) -> dict[str, 
         row |= dict(at=[h["step"] for h in q.history], curve=[round(h["mse"], 4) for h in q.history])
     return row
 
+# %% ../../nbs/6_studies/06_linear_lab_studies.ipynb #9a84b137
 def run_seed(seed: int, jobs: list[dict[str, Any]], source: LowRankSource) -> list[dict[str, Any]]:
     return [run_job(job, source, seed) for job in jobs]
 
@@ -95,6 +98,7 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
     threadpool_limits(1)
 
+# %% ../../nbs/6_studies/06_linear_lab_studies.ipynb #8ac27665
 def map_seeds(
     jobs: list[dict[str, Any]],  # each run with every seed
     seeds: int,                  # how many
@@ -131,6 +135,7 @@ def by_seed(df: pd.DataFrame, column: str = "mse") -> pd.Series:
     "One column of a method's runs, indexed by seed."
     return df.set_index("seed")[column]
 
+# %% ../../nbs/6_studies/06_linear_lab_studies.ipynb #634db50f
 def summary(
     df: pd.DataFrame,                      # of `load_study`
     by: list[str],                         # columns, a row of the summary for each of their values
@@ -155,12 +160,14 @@ LABELS = dict(
 )
 STYLES = dict(lloyd_best="bound", pca_lloyd="kmeans", ste_manual="vq", ste_autograd="vq")
 
+# %% ../../nbs/6_studies/06_linear_lab_studies.ipynb #862ee45d
 def look(method: str) -> tuple[str, str, str]:
     "Label, colour and marker of a method."
     from bavq.core.plots import method_style
     style = method_style(STYLES.get(method, method))
     return LABELS.get(method, style.label), style.color, style.marker or "*"
 
+# %% ../../nbs/6_studies/06_linear_lab_studies.ipynb #843e9ca2
 def _label(column: str, value: Any, join: str) -> str:
     "A method's label, or the column and its value."
     return look(value)[0] if isinstance(value, str) else f"{column}{join}{value:g}"
@@ -177,6 +184,7 @@ def _draw_differences(ax, runs: pd.DataFrame, base: pd.Series, y: float) -> None
     ax.plot(d, np.full(len(d), y), "o", color=color, markerfacecolor=face, markersize=2, markeredgewidth=0.5)
     ax.errorbar(mean, y, xerr=half, fmt="|", color=color, capsize=2)
 
+# %% ../../nbs/6_studies/06_linear_lab_studies.ipynb #544569eb
 def _scale_differences(ax) -> None:
     "Linear up to two percent, logarithmic beyond."
     ax.axvline(0, color="0.3", linewidth=0.8)
@@ -213,13 +221,14 @@ def figure_differences(
 # %% ../../nbs/6_studies/06_linear_lab_studies.ipynb #74b6f565
 def _mean_excess(g: pd.DataFrame, best: pd.Series) -> np.ndarray:
     "Error of runs along their steps, above the best of their seeds, in percent; the mean over seeds."
-    curves = np.stack(by_seed(g, "curve"))
+    curves = np.stack(by_seed(g, "curve").to_list())
     return 100 * (curves / best[g.seed].to_numpy()[:, None] - 1).mean(0)
 
+# %% ../../nbs/6_studies/06_linear_lab_studies.ipynb #81536abf
 def _draw_convergence(ax, df: pd.DataFrame, best: pd.Series) -> None:
     "A line for each method; dotted where it is given more steps than the others."
     for (method, steps), g in df.groupby(["method", "steps"], sort=False):
-        label, color, marker = look(method)
+        label, color, marker = look(str(method))
         common = steps == df.steps.min()
         style = dict(color=color, marker=marker, markevery=8, markersize=4, label=label if common else None)
         ax.loglog(g["at"].iloc[0], _mean_excess(g, best), "-" if common else ":", **style)
@@ -251,11 +260,13 @@ def _figure_against_lloyd(df: pd.DataFrame) -> Any:
 def _figure_commitment(df: pd.DataFrame) -> Any:
     return figure_differences(df, ["method", "steps"], "commitment", "commitment == 0.25")
 
+# %% ../../nbs/6_studies/06_linear_lab_studies.ipynb #a403a552
 FIGURES: dict[str, Callable[[pd.DataFrame], Any]] = dict(
     ranking=_figure_against_lloyd, sizes=_figure_against_lloyd,
     convergence=figure_convergence, commitment=_figure_commitment,
 )
 
+# %% ../../nbs/6_studies/06_linear_lab_studies.ipynb #739cb4ce
 def save_figure(name: str, df: pd.DataFrame, path: Path) -> Path:
     "Draw runs by one of `FIGURES`, save the figure as PNG, and close it."
     from bavq.core.plots import plt

@@ -74,6 +74,7 @@ def _psnr_per_image(errors: Tensor) -> Tensor:
     "The mean of each image's PSNR."
     return psnr_from_mse(errors[:, 0]).mean()
 
+# %% ../../nbs/1_theory/03_metrics.ipynb #9660b41f
 def _psnr_luma(errors: Tensor) -> Tensor:
     "One MSE of Y over all images."
     return psnr_from_mse(errors[:, 1].mean())
@@ -130,6 +131,7 @@ def _reconstruction_sums(x: Tensor, y: Tensor) -> Tensor:
     outside = (~(x.abs() <= 1.001)).sum()  # NaN too
     return torch.stack([images, *errors.sum(0), psnr_from_mse(errors[:, 0]).sum(), outside.to(errors)])
 
+# %% ../../nbs/1_theory/03_metrics.ipynb #d3ef18d5
 def _added(sums: Tensor, new: Tensor) -> Tensor:
     "Their sum, where the new ones are, in the wider type."
     return sums.to(new) + new
@@ -182,6 +184,7 @@ def _check_indices(indices: Tensor, K: int) -> None:
     bad = indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool
     require(not bad, f"the indices are {indices.dtype}: give whole numbers, such as int64")
 
+# %% ../../nbs/1_theory/03_metrics.ipynb #8eaa2717
 def _check_range(outside: float, K: int) -> None:
     fix = "give num_embeddings as large as the codebook"
     require(outside == 0, f"{outside:.0f} indices lie outside 0..{K - 1}: {fix}")
@@ -195,6 +198,7 @@ def compute_entropy(
     counts = _double(counts)
     return torch.special.entr(counts / counts.sum(-1, keepdim=True)).sum(-1)
 
+# %% ../../nbs/1_theory/03_metrics.ipynb #a6864ac6
 def compute_entropy_bits(
     counts: Tensor,  # [..., K] counts or probabilities
 ) -> Tensor:         # [...] bits
@@ -220,6 +224,7 @@ def compute_usage_rate(
     _check_counts(counts)
     return (counts > 0).to(torch.float32).mean(-1)
 
+# %% ../../nbs/1_theory/03_metrics.ipynb #082299d5
 def dead_codes(
     counts: Tensor,  # [K] counts
 ) -> Tensor:         # [n] int64

@@ -105,6 +105,7 @@ def _probabilities(p: Tensor | None, n: int, name: str, like: Tensor) -> Tensor:
     require(is_distribution, f"{found}: give probabilities that are not negative and sum to 1")
     return p / p.sum()
 
+# %% ../../nbs/1_theory/04_rate_distortion.ipynb #b2a06c0e
 def _checked_distortions(d: Tensor) -> Tensor:
     "The table [N, K] in float64, without its graph."
     d = torch.as_tensor(d).detach().double()
@@ -131,6 +132,7 @@ def blahut_arimoto(
     result = ba_solve(lambda: [(p, d)], beta, Q, iterations, tol)
     return result._replace(P=ba_step(d, beta, result.Q, p)[0])
 
+# %% ../../nbs/1_theory/04_rate_distortion.ipynb #0e7e97bc
 def certificates(
     d: Tensor,                # distortions [N, K]
     beta: float,              # nats per unit of distortion

@@ -53,6 +53,7 @@ def _values_by_seed(values: dict[str, Any]) -> np.ndarray:
     seeds = sorted({seed for row in rows for seed in row})
     return np.array([[row.get(seed, np.nan) for seed in seeds] for row in rows], float)
 
+# %% ../../nbs/1_theory/05_statistics.ipynb #16af54f3
 def _draw_dots(ax, x: float, y: np.ndarray, style: MethodStyle, confidence: float) -> None:
     "A method's dots at x, and beside them their mean with its interval."
     mean, half = mean_interval(y, confidence)

@@ -4,16 +4,7 @@
 
 # %% ../../nbs/4_training/01_data.ipynb #09b39fae
 from __future__ import annotations
-import hashlib
-import importlib.util
-import inspect
-import multiprocessing
-import os
-import signal
-import socket
-import tempfile
-import warnings
-import zipfile
+import hashlib, importlib.util, inspect, multiprocessing, os, signal, socket, tempfile, warnings, zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from multiprocessing.pool import ThreadPool
@@ -29,12 +20,13 @@ from ..core.errors import BavqError, brief, needs, require, typed
 from ..core.storage import atomic_write
 from ..core.registry import Registry
 
-if TYPE_CHECKING:
-    from PIL import Image
-
 # %% auto #0
 __all__ = ['DATASETS', 'ImageData', 'normalize', 'fingerprint', 'cache_dir', 'load_photos', 'read_image', 'load_images',
            'epoch_order', 'Batches', 'StreamedBatches', 'get_dataloaders']
+
+# %% ../../nbs/4_training/01_data.ipynb #9c894b9b
+if TYPE_CHECKING:   # libraries that are imported when first used
+    from PIL import Image
 
 # %% ../../nbs/4_training/01_data.ipynb #603def5b
 class ImageData(NamedTuple):
@@ -336,7 +328,9 @@ def _padded_channels_first(images):
 
 # %% ../../nbs/4_training/01_data.ipynb #2b351390
 def _download(kind, root, folder, name):
-    time_limit, lock, is_new = socket.getdefaulttimeout(), root / f".{name}.lock", not root.exists()
+    time_limit = socket.getdefaulttimeout()
+    lock = root / f".{name}.lock"
+    is_new = not root.exists()
     try:
         root.mkdir(parents=True, exist_ok=True)
         socket.setdefaulttimeout(10)
@@ -590,7 +584,7 @@ def load_folder(
         return with_digests(arrays | labels)
 
     name = Path(path).expanduser().resolve().name
-    recipe = _decode_recipe(files.files, size), files.labels.tolist(), files.is_test is None
+    recipe = (_decode_recipe(files.files, size), files.labels.tolist(), files.is_test is None)
     return as_image_data(cached(f"folder-{name}", recipe, build), name, files.classes)
 
 # %% ../../nbs/4_training/01_data.ipynb #cc5cdfd7
@@ -828,6 +822,18 @@ def _was_killed(process):
     process.join(0.2)
     return bool(process.exitcode)
 
+# %% ../../nbs/4_training/01_data.ipynb #5ea1c0d2
+def start_loader(
+    dataset: Any,            # has a length and gives (image, label) pairs
+    steps: list[list[int]],  # which of them make each batch
+    workers: int,            # processes
+    pinned: bool,            # batches in memory from which a GPU copies faster
+) -> DataLoader:
+    "A loader whose batches are (images, labels), or a `BavqError`."
+    return DataLoader(
+        _ErrorsAsValues(dataset), batch_sampler=steps, num_workers=workers, pin_memory=pinned,
+        collate_fn=_collate_unless_error, generator=torch.Generator(), worker_init_fn=_ignore_sigterm)
+
 # %% ../../nbs/4_training/01_data.ipynb #890f0236
 class StreamedBatches(Batches):
     "`Batches` of a data set of (uint8 image, label) pairs that worker processes decode anew in every epoch."
@@ -840,15 +846,11 @@ class StreamedBatches(Batches):
         super().__init__(images, torch.empty(len(dataset), device="meta"), **options)
         self.dataset, self.workers = dataset, workers
 
-    def _loader(self):
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         steps = [i.tolist() for i in self.indices() if len(i)]
         pinned = torch.device(self.device).type == "cuda"
-        return DataLoader(
-            _ErrorsAsValues(self.dataset), batch_sampler=steps, num_workers=self.workers, pin_memory=pinned,
-            collate_fn=_collate_unless_error, generator=torch.Generator(), worker_init_fn=_ignore_sigterm)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        loader, others = self._loader(), set(multiprocessing.active_children())
+        loader = start_loader(self.dataset, steps, self.workers, pinned)
+        others = set(multiprocessing.active_children())
         workers: set = set()
         try:
             batches = iter(loader)
@@ -856,7 +858,7 @@ class StreamedBatches(Batches):
             for batch in batches:
                 if isinstance(batch, BavqError):
                     raise batch
-                x, y = (t.to(self.device, non_blocking=loader.pin_memory) for t in batch)
+                x, y = (t.to(self.device, non_blocking=pinned) for t in batch)
                 yield normalize(x), y
         except (RuntimeError, ConnectionError, EOFError):
             if not any(_was_killed(w) for w in workers):
