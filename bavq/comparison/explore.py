@@ -14,7 +14,7 @@ from functools import lru_cache, partial
 from itertools import product
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 import numpy as np
 import torch
 from torch import Tensor
@@ -68,7 +68,7 @@ class Sheet:
             draw_fixed(self.axes)
         for ax in self.axes:
             ax.autoscale(False)
-        self.canvas: Any = self.fig.canvas
+        self.canvas = cast(Any, self.fig.canvas)
         self.canvas.draw()
         self.paper = self.canvas.copy_from_bbox(self.fig.bbox)
         plt.close(self.fig)   # else the notebook would show it as well
@@ -268,7 +268,7 @@ def _beta_sheet() -> Sheet:
         _draw_share_axes(axes[2], 12)
         _draw_rd_axes(axes[3], p)
 
-    return Sheet(4, 3.0, 3.0, draw_fixed)
+    return Sheet(4, 3.0, 2.8, draw_fixed)
 
 # %% ../../nbs/7_comparison/02_explore.ipynb #846f2109
 def _draw_plane(ax: Any, s: Stage, x: Tensor, groups: Tensor) -> list:
@@ -577,7 +577,7 @@ def _size_sheet(data: str) -> Sheet:
             low, high = axes[3].get_ylim()
             axes[3].set_ylim(low - 0.6, high)
 
-    return Sheet(4, 3.0, 3.0, draw_fixed)
+    return Sheet(4, 3.0, 2.8, draw_fixed)
 
 # %% ../../nbs/7_comparison/02_explore.ipynb #1e28d0c7
 def _mark_size(axes: Any, method: str, K: int, metrics: Any) -> list:
