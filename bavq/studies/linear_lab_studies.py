@@ -120,8 +120,10 @@ def record_study(
     folder: str | Path, name: str, rows: list[dict[str, Any]], source: LowRankSource, **more: Any
 ) -> Path:
     "Write a study's rows, and what they were made on, as JSON."
-    made_on = dict(study=name, source=asdict(source), train=TRAIN, test=TEST, **more, **environment())
-    return write_json(Path(folder) / f"{name}.json", dict(made_on, rows=rows))
+    made_with = environment()
+    made_with["source_hash"] = made_with.pop("source")  # here the source is that of the samples
+    study = dict(study=name, source=asdict(source), train=TRAIN, test=TEST, **more)
+    return write_json(Path(folder) / f"{name}.json", study | made_with | dict(rows=rows))
 
 # %% ../../nbs/6_studies/07_linear_lab_studies.ipynb #b956d735
 def load_study(
