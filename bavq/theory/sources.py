@@ -4,6 +4,7 @@
 
 # %% ../../nbs/1_theory/02_sources.ipynb #b40d3570
 from __future__ import annotations
+from collections.abc import Sequence
 import torch
 from torch import Tensor
 from ..core.errors import as_numbers, require, typed
@@ -40,7 +41,7 @@ def _variances_and_axes(cov_or_dim):
 @typed
 def gaussian_source(
     n: int,            # samples
-    cov_or_dim=1,      # D: unit variances; [D] variances; or a [D, D] covariance, singular or not
+    cov_or_dim: int | Sequence | Tensor = 1,  # D; D variances; or a [D, D] covariance, singular or not
     seed: int = 0,     # of the sample
 ) -> Tensor:           # [n, D] float32
     "Zero-mean Gaussian vectors; `bavq.theory.rate_distortion.gaussian_rd` is their R(D)."

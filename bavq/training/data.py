@@ -4,16 +4,7 @@
 
 # %% ../../nbs/4_training/01_data.ipynb #09b39fae
 from __future__ import annotations
-import hashlib
-import importlib.util
-import inspect
-import multiprocessing
-import os
-import signal
-import socket
-import tempfile
-import warnings
-import zipfile
+import hashlib, importlib.util, inspect, multiprocessing, os, signal, socket, tempfile, warnings, zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from multiprocessing.pool import ThreadPool
@@ -29,12 +20,13 @@ from ..core.errors import BavqError, brief, needs, require, typed
 from ..core.storage import atomic_write
 from ..core.registry import Registry
 
-if TYPE_CHECKING:
-    from PIL import Image
-
 # %% auto #0
 __all__ = ['DATASETS', 'ImageData', 'normalize', 'fingerprint', 'cache_dir', 'load_photos', 'read_image', 'load_images',
            'epoch_order', 'Batches', 'StreamedBatches', 'get_dataloaders']
+
+# %% ../../nbs/4_training/01_data.ipynb #9c894b9b
+if TYPE_CHECKING:   # libraries that are imported when first used
+    from PIL import Image
 
 # %% ../../nbs/4_training/01_data.ipynb #603def5b
 class ImageData(NamedTuple):
@@ -336,7 +328,9 @@ def _padded_channels_first(images):
 
 # %% ../../nbs/4_training/01_data.ipynb #2b351390
 def _download(kind, root, folder, name):
-    time_limit, lock, is_new = socket.getdefaulttimeout(), root / f".{name}.lock", not root.exists()
+    time_limit = socket.getdefaulttimeout()
+    lock = root / f".{name}.lock"
+    is_new = not root.exists()
     try:
         root.mkdir(parents=True, exist_ok=True)
         socket.setdefaulttimeout(10)
@@ -586,11 +580,13 @@ def load_folder(
         digests = image_digests(torch.from_numpy(images))
         is_test = _parts(files, digests, path)
         arrays = dict(train=images[~is_test], test=images[is_test])
-        labels = dict(train_labels=files.labels[~is_test], test_labels=files.labels[is_test])
-        return with_digests(arrays | labels)
+        arrays |= dict(train_labels=files.labels[~is_test], test_labels=files.labels[is_test])
+        return with_digests(arrays)
 
     name = Path(path).expanduser().resolve().name
-    recipe = _decode_recipe(files.files, size), files.labels.tolist(), files.is_test is None
+    decoding = _decode_recipe(files.files, size)
+    labels = files.labels.tolist()
+    recipe = (decoding, labels, files.is_test is None)
     return as_image_data(cached(f"folder-{name}", recipe, build), name, files.classes)
 
 # %% ../../nbs/4_training/01_data.ipynb #cc5cdfd7
@@ -704,6 +700,14 @@ def _check_batches(images, labels, batch_size, train, world_size):
     given = f"batch_size is {batch_size}, for {world_size} processes"
     require(shared, f"{given}: give a multiple of {world_size}")
 
+def _home(images, device):
+    fits = images.nbytes <= DEVICE_LIMIT and not images.is_meta
+    return device if fits else images.device
+
+def _count_steps(n, batch_size, train):
+    full, rest = divmod(n, batch_size)
+    return full if train or rest == 0 else full + 1
+
 # %% ../../nbs/4_training/01_data.ipynb #2fa55ac8
 class Batches:
     "Batches of one uint8 tensor; iterates over (images in [-1, 1], labels) of the epoch and step set last."
@@ -723,8 +727,7 @@ class Batches:
         self.batch_size, self.seed, self.train, self.device = batch_size, seed, train, device
         self.rank, self.world_size = rank, world_size
         self.num_images, self.channels, _, self.image_size = images.shape
-        fits = images.nbytes <= DEVICE_LIMIT and not images.is_meta
-        home = device if fits else images.device
+        home = _home(images, device)
         self.images, self.labels = images.to(home), labels.to(home)
         self.set_epoch(0)
 
@@ -734,15 +737,15 @@ class Batches:
         self.epoch, self.start = epoch, start
 
     def __len__(self) -> int:
-        full, rest = divmod(self.num_images, self.batch_size)
-        return full if self.train or rest == 0 else full + 1
+        return _count_steps(self.num_images, self.batch_size, self.train)
 
     def indices(self) -> Iterator[Tensor]:
         "For each step from `start`, which images this process takes."
-        everything = torch.arange(self.num_images)
-        order = epoch_order(self.num_images, self.seed, self.epoch) if self.train else everything
-        home = "cpu" if self.images.is_meta else self.images.device
-        for step in order.to(home).split(self.batch_size)[self.start:len(self)]:
+        n = self.num_images
+        order = epoch_order(n, self.seed, self.epoch) if self.train else torch.arange(n)
+        if not self.images.is_meta:
+            order = order.to(self.images.device)
+        for step in order.split(self.batch_size)[self.start:len(self)]:
             yield step.tensor_split(self.world_size)[self.rank]
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -828,6 +831,18 @@ def _was_killed(process):
     process.join(0.2)
     return bool(process.exitcode)
 
+# %% ../../nbs/4_training/01_data.ipynb #5ea1c0d2
+def start_loader(
+    dataset: Any,            # has a length and gives (image, label) pairs
+    steps: list[list[int]],  # which of them make each batch
+    workers: int,            # processes
+    pinned: bool,            # batches in memory from which a GPU copies faster
+) -> DataLoader:
+    "A loader whose batches are (images, labels), or a `BavqError`."
+    return DataLoader(
+        _ErrorsAsValues(dataset), batch_sampler=steps, num_workers=workers, pin_memory=pinned,
+        collate_fn=_collate_unless_error, generator=torch.Generator(), worker_init_fn=_ignore_sigterm)
+
 # %% ../../nbs/4_training/01_data.ipynb #890f0236
 class StreamedBatches(Batches):
     "`Batches` of a data set of (uint8 image, label) pairs that worker processes decode anew in every epoch."
@@ -840,15 +855,11 @@ class StreamedBatches(Batches):
         super().__init__(images, torch.empty(len(dataset), device="meta"), **options)
         self.dataset, self.workers = dataset, workers
 
-    def _loader(self):
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         steps = [i.tolist() for i in self.indices() if len(i)]
         pinned = torch.device(self.device).type == "cuda"
-        return DataLoader(
-            _ErrorsAsValues(self.dataset), batch_sampler=steps, num_workers=self.workers, pin_memory=pinned,
-            collate_fn=_collate_unless_error, generator=torch.Generator(), worker_init_fn=_ignore_sigterm)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        loader, others = self._loader(), set(multiprocessing.active_children())
+        loader = start_loader(self.dataset, steps, self.workers, pinned)
+        others = set(multiprocessing.active_children())
         workers: set = set()
         try:
             batches = iter(loader)
@@ -856,7 +867,7 @@ class StreamedBatches(Batches):
             for batch in batches:
                 if isinstance(batch, BavqError):
                     raise batch
-                x, y = (t.to(self.device, non_blocking=loader.pin_memory) for t in batch)
+                x, y = (t.to(self.device, non_blocking=pinned) for t in batch)
                 yield normalize(x), y
         except (RuntimeError, ConnectionError, EOFError):
             if not any(_was_killed(w) for w in workers):
