@@ -361,7 +361,7 @@ class ProductQuantizer(nn.Module):
         "Codes [B, D, H, W] of indices [B, M, H, W], or [N, D] of [N, M]."
         return torch.cat([part.decode(i) for part, i in zip(self.parts, indices.unbind(1), strict=True)], 1)
 
-# %% ../nbs/appendix/03_reference.ipynb #b44d7731
+# %% ../nbs/appendix/03_reference.ipynb #a1d60d43
 def pieces_of(
     q: ProductQuantizer,
     z: Tensor,  # latents [B, D, H, W] or [N, D]
@@ -378,9 +378,11 @@ def quantize_pieces(
     outs = [part(piece) for part, piece in pieces_of(q, z)]
     z_q = torch.cat([out[0] for out in outs], 1)
     loss = torch.stack([out[1] for out in outs]).mean()
-    metrics = {k: torch.stack([out[2][k].float() for out in outs]).mean() for k in ("perplexity", "usage_rate")}
-    indices = torch.stack([out[2]["encoding_indices"] for out in outs], 1)
-    return z_q, loss, dict(metrics, encoding_indices=indices)
+    metrics = {}
+    for name in ("perplexity", "usage_rate"):
+        metrics[name] = torch.stack([out[2][name].float() for out in outs]).mean()
+    metrics["encoding_indices"] = torch.stack([out[2]["encoding_indices"] for out in outs], 1)
+    return z_q, loss, metrics
 
 # %% ../nbs/appendix/03_reference.ipynb #c151b162
 class GumbelVectorQuantizer(OneLoss):

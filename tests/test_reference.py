@@ -1,5 +1,5 @@
-"""The calls of the described system, of its guide and of its tutorial, run as written, on small data under the
-name of CIFAR-10; and what each says to a mistake."""
+"""The calls of the described system, of its guide and of its tutorial, run as written, on small data under
+the name of CIFAR-10; and what each says to a mistake."""
 
 import json
 
@@ -12,6 +12,8 @@ from bavq.evaluation.reports import load_weights
 from bavq.quantizers.base import nearest_code, squared_distances
 from bavq.quantizers.specified import iterate
 from bavq.reference import (
+    VQVAE,
+    VQVAE2,
     BAQuantizer,
     Decoder,
     Encoder,
@@ -19,8 +21,6 @@ from bavq.reference import (
     ProductQuantizer,
     VectorQuantizer,
     VQEMAQuantizer,
-    VQVAE,
-    VQVAE2,
     VQVAETrainer,
     compute_perplexity,
     compute_psnr,
@@ -131,9 +131,7 @@ def test_the_loop_as_written(cifar10, x):
 
 @pytest.mark.usefixtures("one_thread", "no_repository")
 @pytest.mark.parametrize("quantizer_type", ["vq_ema", "ba_vq"])
-def test_ten_epochs_run_metrics_make_sense_checkpoints_load(
-    cifar10, tmp_path, monkeypatch, quantizer_type, capsys
-):
+def test_ten_epochs_run_metrics_make_sense_checkpoints_load(cifar10, tmp_path, monkeypatch, quantizer_type):
     monkeypatch.chdir(tmp_path)
     model = VQVAE(quantizer_type=quantizer_type, codebook_size=32, latent_dim=16, hidden_channels=8)
     epochs, batch_size, lr, run_name, use_wandb = 10, 64, 3e-4, "test", False
