@@ -330,9 +330,11 @@ class VectorQuantizer(OneLoss):
             inner = base.VectorQuantizer(*sizes, init="uniform")
         super().__init__(inner)
 
-# %% ../nbs/appendix/03_reference.ipynb #cfb6a8db
+# %% ../nbs/appendix/03_reference.ipynb #5b0e0803
 class ProductQuantizer(nn.Module):
     "Sub-codebooks on pieces of the latent (Jégou et al. 2011), an index for each of them."
+    parts: Any  # an nn.ModuleList of quantizers
+
     @as_written
     def __init__(self,
         num_subcodebooks: int,          # M
@@ -502,9 +504,11 @@ def VQVAE(
         return SystemVQVAE(*args, **options)
     return TutorialVQVAE(*args, **options)
 
-# %% ../nbs/appendix/03_reference.ipynb #c785670c
+# %% ../nbs/appendix/03_reference.ipynb #d1ae08ca
 class VQVAE2(vqvae2.VQVAE2):
     "Two levels of codes (Razavi et al. 2019): images in [0, 1]; returns x_recon, vq_loss, metrics."
+    decoder: Any  # behind a sigmoid
+
     @as_written
     def __init__(self,
         in_channels: int = 3,              # C of the images

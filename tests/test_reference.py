@@ -11,25 +11,10 @@ from bavq.core.errors import BavqError
 from bavq.evaluation.reports import load_weights
 from bavq.quantizers.base import nearest_code, squared_distances
 from bavq.quantizers.specified import iterate
-from bavq.reference import (
-    VQVAE,
-    VQVAE2,
-    BAQuantizer,
-    Decoder,
-    Encoder,
-    GumbelVectorQuantizer,
-    ProductQuantizer,
-    VectorQuantizer,
-    VQEMAQuantizer,
-    VQVAETrainer,
-    compute_perplexity,
-    compute_psnr,
-    compute_usage_rate,
-    get_dataloaders,
-    train,
-    train_epoch,
-    validate,
-)
+from bavq.reference import (VQVAE, VQVAE2, BAQuantizer, Decoder, Encoder, GumbelVectorQuantizer,
+    ProductQuantizer, VectorQuantizer, VQEMAQuantizer, VQVAETrainer, get_dataloaders, train, train_epoch,
+    validate)
+from bavq.theory.metrics import compute_perplexity, compute_psnr, compute_usage_rate
 from bavq.training import data as image_sets
 from bavq.training.checkpoints import load_model
 
