@@ -580,11 +580,13 @@ def load_folder(
         digests = image_digests(torch.from_numpy(images))
         is_test = _parts(files, digests, path)
         arrays = dict(train=images[~is_test], test=images[is_test])
-        labels = dict(train_labels=files.labels[~is_test], test_labels=files.labels[is_test])
-        return with_digests(arrays | labels)
+        arrays |= dict(train_labels=files.labels[~is_test], test_labels=files.labels[is_test])
+        return with_digests(arrays)
 
     name = Path(path).expanduser().resolve().name
-    recipe = (_decode_recipe(files.files, size), files.labels.tolist(), files.is_test is None)
+    decoding = _decode_recipe(files.files, size)
+    labels = files.labels.tolist()
+    recipe = (decoding, labels, files.is_test is None)
     return as_image_data(cached(f"folder-{name}", recipe, build), name, files.classes)
 
 # %% ../../nbs/4_training/01_data.ipynb #cc5cdfd7
@@ -698,6 +700,14 @@ def _check_batches(images, labels, batch_size, train, world_size):
     given = f"batch_size is {batch_size}, for {world_size} processes"
     require(shared, f"{given}: give a multiple of {world_size}")
 
+def _home(images, device):
+    fits = images.nbytes <= DEVICE_LIMIT and not images.is_meta
+    return device if fits else images.device
+
+def _count_steps(n, batch_size, train):
+    full, rest = divmod(n, batch_size)
+    return full if train or rest == 0 else full + 1
+
 # %% ../../nbs/4_training/01_data.ipynb #2fa55ac8
 class Batches:
     "Batches of one uint8 tensor; iterates over (images in [-1, 1], labels) of the epoch and step set last."
@@ -717,8 +727,7 @@ class Batches:
         self.batch_size, self.seed, self.train, self.device = batch_size, seed, train, device
         self.rank, self.world_size = rank, world_size
         self.num_images, self.channels, _, self.image_size = images.shape
-        fits = images.nbytes <= DEVICE_LIMIT and not images.is_meta
-        home = device if fits else images.device
+        home = _home(images, device)
         self.images, self.labels = images.to(home), labels.to(home)
         self.set_epoch(0)
 
@@ -728,15 +737,15 @@ class Batches:
         self.epoch, self.start = epoch, start
 
     def __len__(self) -> int:
-        full, rest = divmod(self.num_images, self.batch_size)
-        return full if self.train or rest == 0 else full + 1
+        return _count_steps(self.num_images, self.batch_size, self.train)
 
     def indices(self) -> Iterator[Tensor]:
         "For each step from `start`, which images this process takes."
-        everything = torch.arange(self.num_images)
-        order = epoch_order(self.num_images, self.seed, self.epoch) if self.train else everything
-        home = "cpu" if self.images.is_meta else self.images.device
-        for step in order.to(home).split(self.batch_size)[self.start:len(self)]:
+        n = self.num_images
+        order = epoch_order(n, self.seed, self.epoch) if self.train else torch.arange(n)
+        if not self.images.is_meta:
+            order = order.to(self.images.device)
+        for step in order.split(self.batch_size)[self.start:len(self)]:
             yield step.tensor_split(self.world_size)[self.rank]
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:

@@ -22,6 +22,12 @@ from importlib.resources import files
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+# %% auto #0
+__all__ = ['PRESETS', 'ANSWER', 'first_steps', 'only_process', 'environment', 'read_records', 'record_run', 'run', 'load_results',
+           'Study', 'study_configs', 'read_config']
+
+# %% ../../nbs/4_training/04_experiments.ipynb #c0de4a01
 import torch
 from torch import Tensor, nn
 from ..core.config import (
@@ -37,10 +43,6 @@ from .data import DATASETS
 from .loop import fit, on_step, prepare, train_epoch
 if TYPE_CHECKING:
     import pandas as pd
-
-# %% auto #0
-__all__ = ['PRESETS', 'ANSWER', 'first_steps', 'only_process', 'environment', 'read_records', 'record_run', 'run', 'load_results',
-           'Study', 'study_configs', 'read_config']
 
 # %% ../../nbs/4_training/04_experiments.ipynb #61b17d59
 def first_steps(

@@ -274,12 +274,12 @@ def prepare_prior(
     c = check_prior_config(config)
     accelerator = make_accelerator(RunConfig(precision=c.precision, wandb=c.wandb))
     require(accelerator.num_processes == 1, "several processes were started: train a prior in one")
-    train_loader, test_loader = code_loaders(c, codes, accelerator.device)
+    loaders = code_loaders(c, codes, accelerator.device)
     set_seed(c.seed)
     prior = make_prior(c.kind, channels=c.channels, layers=c.layers, **prior_sizes(c, codes))
     optimizer = torch.optim.AdamW(prior.parameters(), c.lr)
     net, optimizer = accelerator.prepare(nn.Sequential(prior), optimizer)
-    return Training(c, accelerator, prior, net, optimizer, train_loader, test_loader)
+    return Training(c, accelerator, prior, net, optimizer, *loaders)
 
 # %% ../../nbs/4_training/06_prior_training.ipynb #28d277a6
 @torch.no_grad()
@@ -301,11 +301,10 @@ def prior_epoch(
 ) -> dict[str, Any]:   # the entry of the history
     "Train what is left of the epoch, validate, and add to the history."
     c = t.config
-    before = t.epoch * len(t.train_loader)
-    steps = c.epochs * len(t.train_loader)
+    steps = len(t.train_loader)
     def set_rate(step: int) -> None:
         for group in t.optimizer.param_groups:
-            group["lr"] = cooled_rate(c.lr, before + step, steps, c.cooldown)
+            group["lr"] = cooled_rate(c.lr, t.epoch * steps + step, c.epochs * steps, c.cooldown)
 
     loss = rest_of_epoch(t, folder, set_rate)["loss"]
     bits = bits_per_code(t.model, t.test_loader)

@@ -23,15 +23,17 @@ from itertools import chain
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, NamedTuple, Protocol
+
+# %% auto #0
+__all__ = ['ThisProcess', 'Processes', 'Ray', 'Sweep', 'sweep']
+
+# %% ../../nbs/4_training/05_sweeps.ipynb #c0de5a01
 from ..core.config import RunConfig, check_config, run_name
 from ..core.errors import BavqError, choose, require
 from ..core.storage import Interrupted, atomic_write, check_folder, only_writer, read_history, read_json
 from .data import cache_dir
 from .experiments import (
     add_records, check_recordable, make_record, only_process, plugin_modules, record_run, train_run)
-
-# %% auto #0
-__all__ = ['ThisProcess', 'Processes', 'Ray', 'Sweep', 'sweep']
 
 # %% ../../nbs/4_training/05_sweeps.ipynb #80ac61f6
 class Outcome(NamedTuple):
@@ -317,6 +319,20 @@ def collect(
     log_event(folder.parent, run=folder.name, event=outcome.error or "complete")
     return outcome
 
+# %% ../../nbs/4_training/05_sweeps.ipynb #c0de5a02
+def send_tasks(
+    ray: Any,                      # the module, connected
+    cluster: Ray,                  # what a run takes
+    configs: Sequence[RunConfig],  # the runs
+    task: Task,                    # what they have in common
+    mark: Path,                    # a file in the sweep's folder
+) -> dict[Any, RunConfig]:
+    "Start a task for each run; the runs by what Ray calls their outcomes."
+    options = dict(num_cpus=cluster.cpus, num_gpus=cluster.gpus, max_retries=cluster.retries)
+    remote = ray.remote(**options)(attempt_on_cluster)
+    threads = max(1, int(cluster.cpus))
+    return {remote.remote(c, task, mark, threads, Path.cwd()): c for c in configs}
+
 # %% ../../nbs/4_training/05_sweeps.ipynb #f04ab397
 @dataclass(frozen=True)
 class Ray:
@@ -335,7 +351,7 @@ class Ray:
             out.mkdir(parents=True, exist_ok=True)
             mark = out / f".sweep-{uuid.uuid4().hex}"
             mark.touch()
-            pending = self.send(ray, configs, task, mark)
+            pending = send_tasks(ray, self, configs, task, mark)
             try:
                 while pending:
                     for ref in ray.wait([*pending], timeout=1)[0]:
@@ -345,13 +361,6 @@ class Ray:
                 for ref in pending:
                     ray.cancel(ref, force=True)
                 mark.unlink()
-
-    def send(self, ray: Any, configs: Sequence[RunConfig], task: Task, mark: Path) -> dict[Any, RunConfig]:
-        "Start a task for each run."
-        options = dict(num_cpus=self.cpus, num_gpus=self.gpus, max_retries=self.retries)
-        remote = ray.remote(**options)(attempt_on_cluster)
-        threads = max(1, int(self.cpus))
-        return {remote.remote(c, task, mark, threads, Path.cwd()): c for c in configs}
 
 # %% ../../nbs/4_training/05_sweeps.ipynb #982bb34e
 def choose_executor(
