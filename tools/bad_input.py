@@ -29,6 +29,7 @@ from PIL import Image
 import bavq
 import bavq.evaluation.compression as compression
 import bavq.quantizers.remedies as remedies
+import bavq.theory.metrics as metrics
 import bavq.theory.rate_distortion as rd
 import bavq.theory.sources as sources
 import bavq.training.data as data
@@ -171,13 +172,14 @@ def functions():
             continue
         yield "compute_psnr", what, lambda change=change: bavq.compute_psnr(x, change(x))
     yield from each("compute_psnr", bavq.compute_psnr, dict(x=x, y=x), dict(convention=NAME[:6]))
-    for f in (bavq.compute_perplexity, bavq.compute_usage_rate, bavq.dead_codes):
-        yield from each(
-            f.__name__,
-            f,
-            {},
-            dict(counts=[None, "a", [1, 2], 3, np.ones(3), torch.zeros(0), torch.tensor(3)]),
-        )
+    some = torch.zeros(2, 3, dtype=torch.long)
+    bad_indices = [None, "a", [1, 2], 3, 0.5, np.ones(3), torch.zeros(0).long(), torch.zeros(2, 3), some > 0]
+    for f in (bavq.compute_perplexity, bavq.compute_usage_rate):
+        bad = dict(indices=[*bad_indices, some + 16, some - 1, torch.ones(16).long()], num_embeddings=WHOLE + [0])
+        yield from each(f.__name__, f, dict(indices=some, num_embeddings=16), bad)
+    bad_counts = dict(counts=[None, "a", [1, 2], 3, np.ones(3), torch.zeros(0), torch.tensor(3)])
+    for f in (metrics.perplexity_of_counts, metrics.usage_of_counts, bavq.dead_codes):
+        yield from each(f.__name__, f, {}, bad_counts)
     yield from each("entropy_term", bavq.entropy_term, {}, dict(weight=rate, sharpness=rate + [0]))
     yield from each("ramp", remedies.ramp, dict(start=0.0, end=1.0), dict(until=part[:-2] + [0, 1.1]))
     bad_d = [

@@ -5,234 +5,26 @@
 # %% ../../nbs/7_comparison/02_explore.ipynb #425f63bb
 from __future__ import annotations
 import base64
-import html
-import importlib
 import io
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from functools import lru_cache, partial
 from itertools import product
 from pathlib import Path
-from types import ModuleType
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from ..quantizers.ba_vq import exponent, next_potentials, posterior
-from ..quantizers.schedules import as_schedule, cosine
-from ..core.errors import BavqError, choose, require
+from ..core.errors import choose, require
+from ..core.plots import cell_borders, method_label, method_style, plot_rd
 from ..core.storage import read_json
-from ..core.plots import cell_borders, figure, house_style, method_label, method_style, plot_rd, plt
+from ..core.views import Sheet, View, choice_buttons, explorer, slider, widgets
+from ..quantizers.ba_vq import posterior
 from ..quantizers.base import squared_distances
-from ..theory.rate_distortion import critical_beta, rd_curve
+from ..quantizers.schedules import as_schedule, cosine
+from ..studies.annealing import BetaPath, Stage, beta_path, groups_of, toy_bound
 
 # %% auto #0
 __all__ = ['beta_view', 'beta_explorer', 'schedule_view', 'schedule_explorer', 'size_view', 'size_explorer']
-
-# %% ../../nbs/7_comparison/02_explore.ipynb #9f2ac8eb
-class View(NamedTuple):
-    "What is shown after a move; a notebook shows its picture."
-    picture: Any  # PIL.Image
-    text: str     # the same in a sentence
-
-    def __repr__(self) -> str:
-        return self.text
-
-    def _repr_png_(self) -> bytes:
-        f = io.BytesIO()
-        self.picture.save(f, "PNG", compress_level=1)
-        return f.getvalue()
-
-def as_html(view: View) -> str:
-    "A view as HTML: the picture, with the sentence as alternative text and as caption."
-    text = html.escape(view.text)
-    png = base64.b64encode(view._repr_png_()).decode()
-    picture = f'<img alt="{text}" src="data:image/png;base64,{png}" style="max-width: 100%"/>'
-    caption = f'<figcaption role="status" style="line-height: 1.5">{text}</figcaption>'
-    return f'<figure style="margin: 0">{picture}{caption}</figure>'
-
-# %% ../../nbs/7_comparison/02_explore.ipynb #ec56b192
-class Sheet:
-    "A row of panels in the house style; what stays is drawn once."
-
-    def __init__(
-        self,
-        ncols: int,                        # panels
-        width: float,                      # of one panel, in inches
-        height: float,                     # of one panel, in inches
-        draw_fixed: Callable[[Any], Any],  # called with the axes: draws what stays and sets limits
-    ):
-        self.fig, self.axes = figure(1, ncols, width, height)
-        _place_panels(self.fig, self.axes, width, height)
-        with house_style():
-            draw_fixed(self.axes)
-        for ax in self.axes:
-            ax.autoscale(False)
-        self.canvas = cast(Any, self.fig.canvas)
-        self.canvas.draw()
-        self.paper = self.canvas.copy_from_bbox(self.fig.bbox)
-        plt.close(self.fig)   # else the notebook would show it as well
-
-    def picture(
-        self,
-        draw_moving: Callable[[Any], Sequence] | None = None,  # called with the axes: the artists it adds
-    ) -> Any:
-        "The sheet and what moves, as a picture; the sheet stays as it was."
-        from PIL import Image
-        self.canvas.restore_region(self.paper)
-        with house_style():
-            artists = draw_moving(self.axes) if draw_moving else []
-        for artist in sorted(artists, key=lambda a: a.zorder):
-            artist.draw(self.canvas.get_renderer())
-        for artist in artists:
-            artist.remove()
-        return Image.fromarray(np.array(self.canvas.buffer_rgba())[..., :3])
-
-# %% ../../nbs/7_comparison/02_explore.ipynb #7b76f9f1
-def _place_panels(fig: Any, axes: Any, width: float, height: float) -> None:
-    "Fixed margins round each panel, in inches, so that no picture shifts when it is drawn again."
-    fig.set_layout_engine("none")
-    ncols = len(axes)
-    for i, ax in enumerate(axes):
-        left = (i + 0.6 / width) / ncols
-        ax.set_position([left, 0.5 / height, (1 - 0.75 / width) / ncols, 1 - 0.8 / height])
-
-# %% ../../nbs/7_comparison/02_explore.ipynb #c857d8f2
-def widgets() -> ModuleType:
-    "The module `ipywidgets`, or a `BavqError` that says how to install it."
-    try:
-        return importlib.import_module("ipywidgets")
-    except ImportError as e:
-        raise BavqError(f"ipywidgets cannot be imported ({e}): pip install 'bavq[notebooks]'") from None
-
-def explorer(
-    view: Callable[..., View],  # called with the controls' values
-    controls: dict[str, Any],   # argument of the view: the widget that sets it
-    more: Sequence = (),        # other widgets beside the controls
-) -> Any:
-    "A widget: the controls, and below them the view, drawn again whenever one of them is moved."
-    w = widgets()
-    picture = w.HTML()
-
-    def draw(_: Any = None) -> None:
-        picture.value = as_html(view(**{name: control.value for name, control in controls.items()}))
-
-    for control in controls.values():
-        control.observe(draw, "value")
-    draw()
-    row = w.HBox([*controls.values(), *more], layout=w.Layout(flex_flow="row wrap"))
-    return w.VBox([row, picture])
-
-# %% ../../nbs/7_comparison/02_explore.ipynb #357328b4
-def slider(options: Sequence, value: Any, description: str, tooltip: str) -> Any:
-    "A slider over options; arrow keys move it."
-    named = {"options": options, "value": value, "description": description, "tooltip": tooltip}
-    return widgets().SelectionSlider(layout={"width": "26em"}, **named)
-
-def choice_buttons(options: Sequence, value: Any, description: str, tooltip: str) -> Any:
-    "A row of buttons, of which one is chosen; by tab and enter, since JupyterLab takes a menu's arrow keys."
-    named = {"options": options, "value": value, "description": description, "tooltip": tooltip}
-    return widgets().ToggleButtons(style={"button_width": "auto"}, **named)
-
-# %% ../../nbs/7_comparison/02_explore.ipynb #9afd5349
-def toy_source(
-    n: int = 300,  # points
-) -> Tensor:
-    "Two groups of three clusters of unequal size in the plane: [n, 2]."
-    g = torch.Generator().manual_seed(0)
-    groups = torch.tensor([[-2.0, -0.4], [2.0, 0.4]])
-    clusters = torch.tensor([[-0.3, 0.9], [-0.6, -0.8], [0.9, 0.1]])
-    share = torch.tensor([0.28, 0.08, 0.16, 0.06, 0.30, 0.12])
-    pick = torch.multinomial(share, n, replacement=True, generator=g)
-    centres = (groups[:, None] + clusters).view(-1, 2)
-    return centres[pick] + 0.2 * torch.randn(n, 2, generator=g)
-
-# %% ../../nbs/7_comparison/02_explore.ipynb #a6e4ea7c
-class Stage(NamedTuple):
-    "Where annealing stands at one β."
-    codes: Tensor  # [K, D]
-    P: Tensor      # soft assignment [N, K]
-
-def anneal(
-    x: Tensor,                 # data [N, D]
-    betas: Iterable[float],    # rising, nats per squared distance
-    marginal: Any = "free",    # free, uniform, balanced, or the weight a of log Q
-    iterations: int = 10,      # at each β
-    num_embeddings: int = 12,  # K
-) -> list[Stage]:
-    "Codes from the mean of the data, annealed: at each β some rounds of assignment and centroids."
-    a = exponent(marginal)
-    g = torch.Generator().manual_seed(0)
-    size = 1e-3 * x.std()   # of the shakes: codes at one place would stay there
-    e = x.mean(0) + size * torch.randn(num_embeddings, x.shape[1], generator=g)
-    nu = x.new_zeros(num_embeddings)
-    stages = []
-    for beta in betas:
-        e = e + size * torch.randn(num_embeddings, x.shape[1], generator=g)
-        for _ in range(iterations):
-            P = posterior(x, e, nu, beta)
-            counts = P.sum(0)
-            e = torch.where(counts[:, None] > 1e-3, P.T @ x / counts[:, None].clamp_min(1e-9), e)
-            nu = next_potentials(nu, counts, counts, a)
-        stages.append(Stage(e, posterior(x, e, nu, beta)))
-    return stages
-
-# %% ../../nbs/7_comparison/02_explore.ipynb #67301da2
-class BetaPath(NamedTuple):
-    "All stages of one way up."
-    x: Tensor               # data [N, 2]
-    betas: np.ndarray       # [B], nats per squared distance
-    critical: float         # the first critical β
-    stages: list[Stage]     # B of them, codes in the order of their last places along the main direction
-    along: np.ndarray       # those places [B, K]
-    rate: np.ndarray        # of the soft assignment [B], bits
-    distortion: np.ndarray  # of the soft assignment [B], squared distance
-
-def _rate_distortion(x: Tensor, s: Stage) -> tuple[float, float]:
-    "Rate in bits and mean squared distance of a soft assignment."
-    Q = s.P.mean(0).clamp_min(1e-30)
-    rate = torch.special.xlogy(s.P, s.P / Q).sum(1).mean() / math.log(2)
-    distortion = (s.P * squared_distances(x, s.codes)).sum(1).mean()
-    return rate.item(), distortion.item()
-
-# %% ../../nbs/7_comparison/02_explore.ipynb #eaa542b4
-@lru_cache
-def beta_path(
-    marginal: Any = "free",  # free, uniform, balanced, or the weight a of log Q
-    iterations: int = 10,    # rounds at each β
-) -> BetaPath:
-    "The way up on `toy_source`, from 0.4 to 400 times the critical β, twenty steps a decade."
-    x = toy_source()
-    critical = critical_beta(x)
-    axis = torch.linalg.eigh(x.T.cov())[1][:, -1]
-    betas = critical * 10 ** (np.arange(-8, 53) / 20)
-    stages = anneal(x, betas.tolist(), marginal, iterations)
-    order = (stages[-1].codes @ axis).argsort()
-    stages = [Stage(s.codes[order], s.P[:, order]) for s in stages]
-    rate, distortion = np.transpose([_rate_distortion(x, s) for s in stages])
-    along = torch.stack([s.codes @ axis for s in stages]).numpy()
-    return BetaPath(x, betas, critical, stages, along, rate, distortion)
-
-@lru_cache
-def toy_bound() -> tuple:
-    "R(D) of the same points, reproduced by them or by codes on the way up: bits [M], squared distance [M]."
-    p = beta_path()
-    places = torch.cat([p.x[::2], *[s.codes for s in p.stages[8::6]]])
-    d = squared_distances(p.x.double(), places.double())
-    slopes = (p.critical * np.geomspace(1.1, 300, 12)).tolist()
-    return rd_curve(d, slopes, iterations=100, tol=3e-3)
-
-# %% ../../nbs/7_comparison/02_explore.ipynb #2ee63fd3
-def groups_of(
-    s: Stage,    # of annealing
-    tol: float,  # codes that are closer than this are at one place
-) -> Tensor:
-    "The places of the codes [G, 2], each counted once; codes without a share are left out."
-    from scipy.sparse.csgraph import connected_components
-    Q = s.P.mean(0)
-    e, Q = s.codes[Q > 1e-3], Q[Q > 1e-3]
-    n, label = connected_components((torch.cdist(e, e) < tol).numpy())
-    return torch.stack([Q[label == i] @ e[label == i] / Q[label == i].sum() for i in range(n)])
 
 # %% ../../nbs/7_comparison/02_explore.ipynb #f5de8bdd
 _DASHED: dict[str, Any] = {"color": "black", "linestyle": "--", "linewidth": 1}

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 from ..core.config import RunConfig, run_name
 from ..core.errors import BavqError, require
-from .explore import Sheet, View, as_html, choice_buttons, widgets
+from ..core.views import Sheet, View, as_html, choice_buttons, widgets
 from ..core.storage import Interrupted, read_history
 from ..core.plots import method_label, plot_history
 

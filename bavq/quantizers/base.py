@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..core.distributed import from_first, gather_rows
 from ..core.errors import BavqError, choose, require, typed
 from ..core.registry import Registry
-from ..theory.metrics import code_counts, compute_perplexity, compute_usage_rate
+from ..theory.metrics import code_counts, perplexity_of_counts, usage_of_counts
 
 # %% auto #0
 __all__ = ['QUANTIZERS', 'squared_distances', 'nearest_code', 'straight_through', 'rotate', 'Quantized', 'QuantizerLike',
@@ -349,8 +349,8 @@ def usage_metrics(
 ) -> dict[str, Tensor]:
     "The metrics that every quantizer returns: code_indices, perplexity and usage_rate of the batch."
     counts = code_counts(index, num_embeddings)
-    return dict(code_indices=from_rows(index, shape), perplexity=compute_perplexity(counts),
-                usage_rate=compute_usage_rate(counts))
+    return dict(code_indices=from_rows(index, shape), perplexity=perplexity_of_counts(counts),
+                usage_rate=usage_of_counts(counts))
 
 # %% ../../nbs/2_quantizers/01_base.ipynb #20fc5bb2
 def quantize(

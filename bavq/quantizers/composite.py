@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..core.errors import BavqError, is_whole, require, typed
 from .base import (Quantized, check_indices, from_rows, full_precision, make_quantizer,
                                   register_quantizer, to_rows)
-from ..theory.metrics import compute_perplexity
+from ..theory.metrics import perplexity_of_counts
 
 # %% auto #0
 __all__ = ['join_indices', 'split_indices', 'CompositeQuantizer', 'ProductQuantizer', 'ResidualQuantizer']
@@ -118,7 +118,7 @@ def batch_usage(
     "Perplexity and usage rate of a batch."
     counts = run_counts(index)
     usage_rate = (counts > 0).sum() / num_embeddings
-    return dict(perplexity=compute_perplexity(counts), usage_rate=usage_rate)
+    return dict(perplexity=perplexity_of_counts(counts), usage_rate=usage_rate)
 
 # %% ../../nbs/2_quantizers/07_composite.ipynb #42d1359c
 class Sharing(nn.Module):

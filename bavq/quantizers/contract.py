@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from ..core.errors import BavqError, require
-from ..theory.metrics import code_counts, compute_perplexity
+from ..theory.metrics import code_counts, perplexity_of_counts
 from ..theory.sources import mixture_source
 from .base import QuantizerLike, nearest_code, to_rows
 
@@ -178,4 +178,4 @@ def show_quantizer(
         left.collections[0].remove()
     plot_usage(counts, ax=right, color=color)
     used = f"{int((counts > 0).sum())} of {q.num_embeddings} codes used"
-    right.set_title(f"{used}, perplexity {compute_perplexity(counts):.1f}", loc="left", fontsize="medium")
+    right.set_title(f"{used}, perplexity {perplexity_of_counts(counts):.1f}", loc="left", fontsize="medium")

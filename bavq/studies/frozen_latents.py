@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from ..core.distributed import set_seed
 from ..core.errors import require
-from ..theory.metrics import code_counts, compute_entropy_bits, compute_perplexity, compute_usage_rate
+from ..theory.metrics import code_counts, compute_entropy_bits, perplexity_of_counts, usage_of_counts
 from ..quantizers.base import Quantizer, make_quantizer, nearest_code, squared_distances
 from ..quantizers.contract import fit_codebook
 from ..theory.rate_distortion import rd_curve
@@ -85,8 +85,8 @@ def outcome(
     counts = code_counts(index, len(codes))
     return dict(
         error=(held_out - codes[index]).square().sum(1).mean().item(),
-        perplexity=compute_perplexity(counts).item(),
-        usage_rate=compute_usage_rate(counts).item(),
+        perplexity=perplexity_of_counts(counts).item(),
+        usage_rate=usage_of_counts(counts).item(),
         bits=compute_entropy_bits(counts).item(),
     )
 

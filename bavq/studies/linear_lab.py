@@ -176,7 +176,7 @@ def tangent(
 
 # %% ../../nbs/6_studies/01_linear_lab.ipynb #050c3ce4
 @dataclass(frozen=True)
-class Lab:
+class LabSettings:
     "The settings of a fit."
     rank: int = 4                  # m, dimension of the latents
     steps: int = 300               # batches
@@ -194,18 +194,18 @@ class Lab:
 Steps = Iterator[tuple[np.ndarray, np.ndarray]]  # W [D, m] and codes [K, m] after each step
 
 # %% ../../nbs/6_studies/01_linear_lab.ipynb #5ad10fbd
-def principal_axes(x: np.ndarray, s: Lab) -> np.ndarray:
+def principal_axes(x: np.ndarray, s: LabSettings) -> np.ndarray:
     "The encoder of PCA, [D, m]."
     return np.linalg.eigh(x.T @ x)[1][:, -s.rank:]
 
-def random_axes(x: np.ndarray, s: Lab) -> np.ndarray:
+def random_axes(x: np.ndarray, s: LabSettings) -> np.ndarray:
     "A random encoder, [D, m]."
     return polar(np.random.default_rng(s.seed).normal(size=(x.shape[1], s.rank)))
 
 # %% ../../nbs/6_studies/01_linear_lab.ipynb #31b921cd
 STARTS = dict(random=random_axes, pca=principal_axes)
 
-def begin(x: np.ndarray, K: int, s: Lab) -> tuple[np.ndarray, np.ndarray, Iterator[np.ndarray]]:
+def begin(x: np.ndarray, K: int, s: LabSettings) -> tuple[np.ndarray, np.ndarray, Iterator[np.ndarray]]:
     "Where every method starts, and what it sees: W [D, m], codes [K, m], and the batches [B, D]."
     W = choose(s.start, STARTS, "start")(x, s)
     codes, _ = kmeans_plusplus(x @ W, K, random_state=s.seed)
@@ -214,13 +214,13 @@ def begin(x: np.ndarray, K: int, s: Lab) -> tuple[np.ndarray, np.ndarray, Iterat
     return W, codes.copy(), batches
 
 # %% ../../nbs/6_studies/01_linear_lab.ipynb #629fb5b6
-def pca_lloyd(x: np.ndarray, K: int, s: Lab, starts: int = 1) -> Steps:
+def pca_lloyd(x: np.ndarray, K: int, s: LabSettings, starts: int = 1) -> Steps:
     "The principal subspace, then Lloyd's algorithm: the classical answer."
     W = principal_axes(x, s)
     yield W, KMeans(K, n_init=starts, random_state=s.seed).fit(x @ W).cluster_centers_
 
 # %% ../../nbs/6_studies/01_linear_lab.ipynb #1564fe9f
-def descend(gradients: Callable, x: np.ndarray, K: int, s: Lab) -> Steps:
+def descend(gradients: Callable, x: np.ndarray, K: int, s: LabSettings) -> Steps:
     "Gradient descent: along the manifold for W, plain for the codes."
     W, codes, batches = begin(x, K, s)
     for batch in batches:
@@ -230,7 +230,7 @@ def descend(gradients: Callable, x: np.ndarray, K: int, s: Lab) -> Steps:
         yield W, codes
 
 # %% ../../nbs/6_studies/01_linear_lab.ipynb #8284b572
-def running_means(make: Callable, x: np.ndarray, K: int, s: Lab) -> Steps:
+def running_means(make: Callable, x: np.ndarray, K: int, s: LabSettings) -> Steps:
     "A codebook that learns by itself, made by make(K, s); the encoder by straight-through."
     W, codes, batches = begin(x, K, s)
     torch.manual_seed(s.seed)
@@ -246,14 +246,14 @@ def running_means(make: Callable, x: np.ndarray, K: int, s: Lab) -> Steps:
         yield W, codes
 
 # %% ../../nbs/6_studies/01_linear_lab.ipynb #2b940575
-def vq_ema_codebook(K: int, s: Lab) -> VQEMAQuantizer:
+def vq_ema_codebook(K: int, s: LabSettings) -> VQEMAQuantizer:
     return VQEMAQuantizer(K, s.rank, decay=s.decay)
 
-def ba_vq_codebook(marginal: str, K: int, s: Lab) -> BAQuantizer:
+def ba_vq_codebook(marginal: str, K: int, s: LabSettings) -> BAQuantizer:
     return BAQuantizer(K, s.rank, beta=(s.anneal[0], s.anneal[1]), marginal=marginal, decay=s.decay)
 
 # %% ../../nbs/6_studies/01_linear_lab.ipynb #19da42f0
-TRAINERS: dict[str, Callable[[np.ndarray, int, Lab], Steps]] = dict(
+TRAINERS: dict[str, Callable[[np.ndarray, int, LabSettings], Steps]] = dict(
     lloyd_best=partial(pca_lloyd, starts=10),
     pca_lloyd=pca_lloyd,
     ste_autograd=partial(descend, autograd_gradients),
@@ -270,12 +270,12 @@ def fit_linear(
     x: np.ndarray,               # samples [N, D], float64
     K: int = 32,                 # number of codes
     method: str = "ste_manual",  # one of `TRAINERS`
-    **settings: Any,             # fields of `Lab`
+    **settings: Any,             # fields of `LabSettings`
 ) -> LinearVQ:
     "Train an encoder and a codebook; the history is measured on the first 4096 samples."
     for name in settings:
-        choose(name, {f.name: f for f in fields(Lab)}, "setting")
-    s = Lab(**settings)
+        choose(name, {f.name: f for f in fields(LabSettings)}, "setting")
+    s = LabSettings(**settings)
     _check_fit(x, K, s)
     history = []
     for step, (W, codes) in enumerate(choose(method, TRAINERS, "method")(x, K, s), 1):
@@ -286,7 +286,7 @@ def fit_linear(
     return LinearVQ(W, codes, history)
 
 # %% ../../nbs/6_studies/01_linear_lab.ipynb #334a4b90
-def _check_fit(x: np.ndarray, K: int, s: Lab) -> None:
+def _check_fit(x: np.ndarray, K: int, s: LabSettings) -> None:
     N, D = x.shape
     require(2 <= K <= N, f"K is {K}: give from 2 to as many codes as there are samples, {N}")
     require(1 <= s.rank <= D, f"rank is {s.rank}: give from 1 to the dimension of the samples, {D}")

@@ -11,12 +11,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from ..core.distributed import all_reduce, parallel
-from ..core.errors import choose, require, typed
+from ..core.errors import brief, choose, is_whole, require, typed
 
 # %% auto #0
 __all__ = ['PSNR_CONVENTIONS', 'psnr_from_mse', 'to_unit', 'image_errors', 'compute_psnr', 'ReconstructionMeter', 'code_counts',
-           'compute_entropy', 'compute_entropy_bits', 'compute_perplexity', 'compute_usage_rate', 'dead_codes',
-           'CodeMeter', 'effective_rank', 'LossMeter']
+           'compute_entropy', 'compute_entropy_bits', 'perplexity_of_counts', 'usage_of_counts', 'dead_codes',
+           'compute_perplexity', 'compute_usage_rate', 'CodeMeter', 'effective_rank', 'LossMeter']
 
 # %% ../../nbs/1_theory/03_metrics.ipynb #5bfc6c81
 def psnr_from_mse(
@@ -181,6 +181,8 @@ def _binned(indices: Tensor, K: int) -> Tensor:
 # %% ../../nbs/1_theory/03_metrics.ipynb #927918d7
 def _check_indices(indices: Tensor, K: int) -> None:
     require(K >= 1, f"num_embeddings is {K}: give at least 1")
+    kind = type(indices).__name__
+    require(torch.is_tensor(indices), f"the indices are a {kind}: give a tensor of whole numbers")
     bad = indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool
     require(not bad, f"the indices are {indices.dtype}: give whole numbers, such as int64")
 
@@ -205,7 +207,7 @@ def compute_entropy_bits(
     "Entropy of the codes in bits."
     return compute_entropy(counts) / math.log(2)
 
-def compute_perplexity(
+def perplexity_of_counts(
     counts: Tensor,  # [..., K] counts or probabilities
 ) -> Tensor:         # [...] codes
     "The exponential of the entropy: the number of equally used codes that would have it."
@@ -217,7 +219,7 @@ def _check_counts(counts: Tensor) -> None:
     require(is_table, "the counts are no tensor [..., K]: give one, such as that of code_counts")
 
 # %% ../../nbs/1_theory/03_metrics.ipynb #81be0fe5
-def compute_usage_rate(
+def usage_of_counts(
     counts: Tensor,  # [..., K] counts
 ) -> Tensor:         # [...] from 0 to 1
     "Share of the codes used at least once."
@@ -231,6 +233,39 @@ def dead_codes(
     "Indices of the codes never used."
     _check_counts(counts)
     return (counts == 0).nonzero().flatten()
+
+# %% ../../nbs/1_theory/03_metrics.ipynb #72094580
+def _check_no_counts(indices: Tensor, K: int) -> None:
+    "A `BavqError` where a tensor [K] could as well be counts."
+    cure = "give counts to perplexity_of_counts or usage_of_counts, and indices of K latents as [1, K]"
+    require(indices.shape != (K,), f"[{K}] of {K} codes may be counts: {cure}")
+
+def _counts_of(indices: Tensor, K: int) -> Tensor:
+    "How often each code was used, [K]; a `BavqError` where an index is none, on every device."
+    require(is_whole(K) and K < 2**31, f"num_embeddings is {brief(K)}: give K, a whole number")
+    K = int(K)
+    _check_indices(indices, K)
+    _check_no_counts(indices, K)
+    require(indices.numel() > 0, "there are no indices: give at least one")
+    counts = _binned(indices, K)
+    if indices.device.type != "meta":
+        _check_range(counts[-1].item(), K)
+    return counts[:-1]
+
+# %% ../../nbs/1_theory/03_metrics.ipynb #9409ffa6
+def compute_perplexity(
+    indices: Tensor,      # integer indices of codes, of any shape but [K]
+    num_embeddings: int,  # K, number of codes
+) -> Tensor:              # a scalar from 1 to K
+    "Perplexity of all the codes given; `perplexity_of_counts` takes counts. Waits for the device."
+    return perplexity_of_counts(_counts_of(indices, num_embeddings))
+
+def compute_usage_rate(
+    indices: Tensor,      # integer indices of codes, of any shape but [K]
+    num_embeddings: int,  # K, number of codes
+) -> Tensor:              # a scalar from 0 to 1
+    "Share of the codes used at least once; `usage_of_counts` takes counts. Waits for the device."
+    return usage_of_counts(_counts_of(indices, num_embeddings))
 
 # %% ../../nbs/1_theory/03_metrics.ipynb #b93b5822
 class CodeMeter:
@@ -299,7 +334,7 @@ def effective_rank(
     c = _double(codebook.detach())
     finite = bool(c.isfinite().all())
     require(finite, "the codebook holds NaN or infinity: look for the step at which it diverged")
-    return compute_perplexity(torch.linalg.svdvals(c - c.mean(0)).square())
+    return perplexity_of_counts(torch.linalg.svdvals(c - c.mean(0)).square())
 
 # %% ../../nbs/1_theory/03_metrics.ipynb #ece17b42
 @dataclass

@@ -727,8 +727,7 @@ class Batches:
         self.batch_size, self.seed, self.train, self.device = batch_size, seed, train, device
         self.rank, self.world_size = rank, world_size
         self.num_images, self.channels, _, self.image_size = images.shape
-        home = _home(images, device)
-        self.images, self.labels = images.to(home), labels.to(home)
+        self.images, self.labels = (t.to(_home(images, device)) for t in (images, labels))
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
