@@ -36,7 +36,8 @@ from bavq.theory.statistics import minimum_detectable_effect, paired_difference,
 from bavq.training.experiments import run
 from bavq.training.checkpoints import load_model, save_checkpoint
 from bavq.training.loop import fit, make_accelerator, prepare
-from bavq.training.prior_training import PriorConfig, extract_codes, model_codes, save_samples, train_prior
+from bavq.core.config import PriorConfig
+from bavq.training.prior_training import extract_codes, model_codes, save_samples, train_prior
 
 TINY = RunConfig(
     train_size=64,

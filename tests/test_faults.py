@@ -29,7 +29,8 @@ from bavq.core.storage import (Interrupted, checkpoints, newest_checkpoint, read
     stop_signals, write_json)
 from bavq.training.data import Batches, epoch_order, get_dataloaders
 from bavq.training.experiments import run
-from bavq.training.prior_training import Codes, PriorConfig, fit_prior
+from bavq.core.config import PriorConfig
+from bavq.training.prior_training import Codes, fit_prior
 
 TOLD = [
     *("name", "data", "quantizer", "codebook_size", "embedding_dim", "hidden_channels", "residual_blocks"),

@@ -24,7 +24,8 @@ from bavq.evaluation.reports import load_weights, weights_from
 from bavq.models.maskgit import load_prior, make_prior
 from bavq.quantizers.base import make_quantizer
 from bavq.training.data import load_images, read_arrays, read_image
-from bavq.training.experiments import read_config, run
+from bavq.core.presets import read_config
+from bavq.training.experiments import run
 from bavq.training.checkpoints import load_model
 from bavq.training.prior_training import extract_codes
 

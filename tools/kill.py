@@ -37,7 +37,8 @@ import bavq.training.prior_training
 from bavq.core.config import RunConfig
 from bavq.core.storage import read_history, read_weights, write_json
 from bavq.training.experiments import environment, run
-from bavq.training.prior_training import Codes, PriorConfig, fit_prior
+from bavq.core.config import PriorConfig
+from bavq.training.prior_training import Codes, fit_prior
 
 PLACES = [
     "starting",

@@ -147,7 +147,7 @@ ARMS = {   # short name: quantizer, options
     "ba_vq_free": ("ba_vq", _STRONG | {"marginal": "free"}),
     "ba_vq_spec": ("ba_vq_spec", {}),
 }
-_CONTROL = "vq_ema_unrevived"   # of `06_control`, not of this study
+_CONTROL = "vq_ema_unrevived"   # of `07_control`, not of this study
 
 # %% ../../nbs/7_comparison/01_compare.ipynb #7585374a
 def arm(
