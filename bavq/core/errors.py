@@ -14,9 +14,9 @@ import typing
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # %% auto #0
 __all__ = ['BavqError', 'DiskError', 'require', 'choose']
@@ -74,6 +74,7 @@ def as_numbers(
     what: str,    # what they are, for the message
 ) -> Tensor:
     "The numbers as float64."
+    import torch
     try:
         return torch.as_tensor(values, dtype=torch.float64)
     except (TypeError, ValueError, RuntimeError):
@@ -97,7 +98,6 @@ _KINDS: dict[frozenset, _Kind] = {
     frozenset({str}): _Kind("a text", _is_text),
     frozenset({str, Path}): _Kind("a path", _is_path),
     frozenset({bytes}): _Kind("bytes", lambda value: isinstance(value, bytes)),
-    frozenset({Tensor}): _Kind("a tensor", lambda value: isinstance(value, Tensor)),
 }
 
 # %% ../../nbs/0_core/01_errors.ipynb #13b89db1
@@ -106,9 +106,17 @@ def _types_in(annotation: Any) -> frozenset:
     is_union = typing.get_origin(annotation) in (types.UnionType, typing.Union)
     return frozenset(typing.get_args(annotation) if is_union else [annotation])
 
+def _tensor_kind(wanted: frozenset) -> _Kind | None:
+    "What a tensor must be; None for other types. This module is loaded before torch, and so asks by name."
+    names = [(getattr(t, "__module__", ""), getattr(t, "__qualname__", "")) for t in wanted]
+    if names != [("torch", "Tensor")]:
+        return None
+    return _Kind("a tensor", lambda value: isinstance(value, tuple(wanted)))
+
 def _kind(annotation: Any) -> _Kind | None:
     "What a value of this annotation must be; None where the table does not know."
-    return _KINDS.get(_types_in(annotation) - {type(None)})
+    wanted = _types_in(annotation) - {type(None)}
+    return _KINDS.get(wanted) or _tensor_kind(wanted)
 
 # %% ../../nbs/0_core/01_errors.ipynb #054cab0f
 def _check_fits(name: str, value: Any, kind: _Kind) -> None:
