@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['set_seed', 'get_rng_state', 'set_rng_state', 'all_reduce']
+__all__ = ['set_seed', 'get_rng_state', 'set_rng_state']
 
 # %% ../../nbs/0_core/03_distributed.ipynb #056be036
 def set_seed(

@@ -19,7 +19,7 @@ from ..theory.metrics import code_counts, perplexity_of_counts, usage_of_counts
 # %% auto #0
 __all__ = ['QUANTIZERS', 'squared_distances', 'nearest_code', 'straight_through', 'rotate', 'Quantized', 'QuantizerLike',
            'from_rows', 'Quantizer', 'latent_rows', 'usage_metrics', 'register_quantizer', 'VectorQuantizer',
-           'resolve_alias', 'make_quantizer']
+           'make_quantizer']
 
 # %% ../../nbs/2_quantizers/01_base.ipynb #506c36aa
 def middle(e: Tensor) -> Tensor:
@@ -354,7 +354,7 @@ class QuantizerVerbs(LearningHooks):
 
     def forward(self, z: Tensor) -> Quantized: return quantize(self, z)
     def encode(self, z: Tensor) -> Tensor: return encode(self, z)
-    def decode(self, indices: Tensor) -> Tensor: return decode(self, indices)
+    def decode(self, indices: Tensor) -> Tensor: return codes_at(self, indices)
 
     def _load_from_state_dict(self, state_dict, prefix, *more):
         super()._load_from_state_dict(state_dict, prefix, *more)
@@ -430,7 +430,7 @@ def encode(
         return from_rows(nearest_code(x, q.codebook), z.shape)
 
 # %% ../../nbs/2_quantizers/01_base.ipynb #37e1ca79
-def decode(
+def codes_at(
     q: QuantizerLike,  # any quantizer with a codebook
     indices: Tensor,   # [B, H, W] or [N], integers from 0 to K-1
 ) -> Tensor:               # codes [B, D, H, W] or [N, D]

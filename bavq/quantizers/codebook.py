@@ -12,7 +12,7 @@ from ..core.errors import require, typed
 from .base import Quantizer, init_uniform
 
 # %% auto #0
-__all__ = ['hard_statistics', 'EMACodebook', 'revive', 'EMAQuantizer']
+__all__ = ['EMACodebook', 'revive', 'EMAQuantizer']
 
 # %% ../../nbs/2_quantizers/03_codebook.ipynb #db2a6508
 def at_least_float32(x: Tensor) -> Tensor:

@@ -69,7 +69,7 @@ def even_sizes(K: int, count: int) -> list[int]:
 # %% ../../nbs/2_quantizers/07_composite.ipynb #10c6358b
 MAX_CODES = 2**24  # a histogram of them is 128 MB
 
-def check_parts(
+def check_part_counts(
     num_embeddings: int,  # K
     parts: Any,           # how many, or the codes of each
 ) -> None:
@@ -91,7 +91,7 @@ def part_sizes(
 ) -> tuple[int, ...]:     # their product is K
     "The codes of each part: those given, or nearly equal ones, the largest first."
     K = int(num_embeddings)
-    check_parts(K, parts)
+    check_part_counts(K, parts)
     if not isinstance(parts, (tuple, list)):
         return tuple(even_sizes(K, int(parts)))
     sizes = [int(p) for p in parts]

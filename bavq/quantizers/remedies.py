@@ -20,7 +20,7 @@ from .vq_ema import VQEMAQuantizer
 from ..theory.metrics import code_counts
 
 # %% auto #0
-__all__ = ['Wrapped', 'entropy_term', 'WithLosses', 'with_losses', 'ramp', 'Scheduled', 'scheduled', 'GrowingQuantizer']
+__all__ = ['entropy_term', 'WithLosses', 'with_losses', 'ramp', 'Scheduled', 'scheduled', 'GrowingQuantizer']
 
 # %% ../../nbs/2_quantizers/09_remedies.ipynb #c1b0128c
 class Wrapped(nn.Module):
