@@ -19,14 +19,14 @@ import torch
 import bavq
 from bavq.core.config import RunConfig, check_config, config_from_dict
 from bavq.core.errors import BavqError
+from bavq.core.presets import read_config
 from bavq.core.storage import newest_checkpoint, read_json, read_weights, write_json
 from bavq.evaluation.reports import load_weights, weights_from
 from bavq.models.maskgit import load_prior, make_prior
 from bavq.quantizers.base import make_quantizer
-from bavq.training.data import load_images, read_arrays, read_image
-from bavq.core.presets import read_config
-from bavq.training.experiments import run
 from bavq.training.checkpoints import load_model
+from bavq.training.data import load_images, read_arrays, read_image
+from bavq.training.experiments import run
 from bavq.training.prior_training import extract_codes
 
 SOURCES = sorted(Path(bavq.__file__).parent.glob("*.py"))

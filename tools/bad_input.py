@@ -34,16 +34,15 @@ import bavq.theory.rate_distortion as rd
 import bavq.theory.sources as sources
 import bavq.training.data as data
 from bavq.cli import main
-from bavq.core.config import RunConfig, check_config, config_from_dict
+from bavq.core.config import PriorConfig, RunConfig, check_config, config_from_dict
 from bavq.core.errors import BavqError
+from bavq.core.presets import read_config
 from bavq.core.storage import read_json, read_weights, write_json
 from bavq.models.maskgit import load_prior, make_prior
-from bavq.core.presets import read_config
-from bavq.training.experiments import environment, load_results, run
-from bavq.training.sweeps import sweep
 from bavq.training.checkpoints import load_model
-from bavq.core.config import PriorConfig
+from bavq.training.experiments import environment, load_results, run
 from bavq.training.prior_training import prepare_prior
+from bavq.training.sweeps import sweep
 
 NAN, INF = float("nan"), float("inf")
 WHOLE = ["a", None, 1.5, NAN, INF, -INF, [], {}, (1, 2), -1, -(10**30), 10**30, b"1", 1j]

@@ -5,6 +5,7 @@
 # %% ../../nbs/2_quantizers/01_base.ipynb #a23ee70e
 from __future__ import annotations
 import contextlib
+import math
 import weakref
 from collections import deque
 from collections.abc import Callable
@@ -22,12 +23,21 @@ __all__ = ['QUANTIZERS', 'squared_distances', 'nearest_code', 'straight_through'
            'from_rows', 'Quantizer', 'latent_rows', 'usage_metrics', 'register_quantizer', 'VectorQuantizer',
            'resolve_alias', 'make_quantizer']
 
+# %% ../../nbs/2_quantizers/01_base.ipynb #506c36aa
+def middle(e: Tensor) -> Tensor:
+    "A point [D] amid the codes e [K, D], which a few codes far away do not move: the median of 16 means."
+    groups = min(16, len(e))
+    size = len(e) // groups
+    return e[:groups * size].reshape(groups, size, -1).mean(1).median(0).values
+
 # %% ../../nbs/2_quantizers/01_base.ipynb #ede508d6
 def squared_distances(
     x: Tensor,  # latents [N, D]
     e: Tensor,  # codes [K, D]
 ) -> Tensor:        # [N, K], never negative
-    "All squared Euclidean distances between latents and codes."
+    "All squared Euclidean distances between latents and codes, measured from the middle of the codes."
+    origin = middle(e.detach())
+    x, e = x - origin, e - origin
     without_x = torch.addmm(e.square().sum(1), x, e.T, alpha=-2)
     return without_x.add_(x.square().sum(1, keepdim=True)).clamp_(min=0)
 
@@ -43,29 +53,130 @@ def row_chunks(
     return x.split(max(32, elements // num_embeddings))
 
 # %% ../../nbs/2_quantizers/01_base.ipynb #df942926
-def row_argmax(s: Tensor) -> Tensor:
-    "Where the largest entry of each row of s [N, K] is, [N] int64; of equal ones, the first."
+class CodeTable(NamedTuple):
+    "Codes, made ready for a search."
+    origin: Tensor  # their middle [D]
+    scale: Tensor   # the largest entry after that is subtracted, a scalar
+    codes: Tensor   # those centred codes over scale², one a column [D, K]
+    bias: Tensor    # minus half their squared lengths, over scale² [K]
+
+def code_table(e: Tensor) -> CodeTable:
+    "A table for the codes e [K, D]."
+    origin = middle(e)
+    e = e - origin
+    scale = e.abs().amax().clamp_min(1e-30)
+    e = e / scale
+    return CodeTable(origin, scale, (e / scale).T, e.square().sum(1).mul_(-0.5))
+
+# %% ../../nbs/2_quantizers/01_base.ipynb #e48d2228
+def score_error(
+    x: Tensor,      # centred latents [N, D]
+    best: Tensor,   # the best score of each [N]
+    t: CodeTable,
+) -> Tensor:            # [N]
+    "What rounding may add to the difference of two good scores, at most."
+    D = x.shape[1]
+    length = x.abs().amax(1) * (math.sqrt(D) / t.scale)
+    longest = (-2 * t.bias.amin()).sqrt()
+    terms = torch.minimum(length * longest + longest.square(), 2 * (length.square() - best))
+    return (8 + D / 8) * torch.finfo(x.dtype).eps * terms
+
+# %% ../../nbs/2_quantizers/01_base.ipynb #e905749d
+def two_largest(
+    s: Tensor,  # scores [N, K], changed in place
+) -> tuple[Tensor, Tensor, Tensor]:  # where the largest of each row is, the largest, the second largest; [N] each
+    "The two largest entries of each row; of equal ones, the first is the largest."
+    index = s.argmax(1, keepdim=True)
+    largest = s.gather(1, index)
+    second = s.scatter_(1, index, -math.inf).amax(1)
+    return index[:, 0], largest[:, 0], second
+
+def two_largest_in_blocks(s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    "As `two_largest`, with a search of one block of 64 entries instead of the row."
     n, K = s.shape
-    if s.device.type != "cpu" or K % 64 or K < 256:
-        return s.argmax(1)
+    if K % 64 or K < 256:
+        return two_largest(s)
     blocks = s.view(n, K // 64, 64)
-    best = blocks.amax(2).argmax(1)
-    return 64 * best + blocks[torch.arange(n), best].argmax(1)
+    block, _, outside = two_largest(blocks.amax(2))
+    place, largest, inside = two_largest(blocks[torch.arange(n), block])
+    return block.mul_(64).add_(place), largest, torch.maximum(outside, inside)
+
+# %% ../../nbs/2_quantizers/01_base.ipynb #0275dfad
+def nearest_in_float64(
+    x: Tensor,  # latents [N, D]
+    e: Tensor,  # codes [K, D]
+) -> Tensor:        # [N] int64
+    "The nearest code of each latent; of those equally near, the one of lowest index."
+    t = code_table(e.double())
+    found = []
+    for rows in row_chunks(x.double() - t.origin, len(e)):
+        s = torch.addmm(t.bias, rows, t.codes)
+        best = s.amax(1)
+        as_good = s >= (best - score_error(rows, best, t))[:, None]
+        found.append(as_good.to(torch.uint8).argmax(1))
+    return torch.cat(found)
+
+# %% ../../nbs/2_quantizers/01_base.ipynb #e3f085ef
+def search_and_look_again(
+    x: Tensor,  # latents [N, D]
+    e: Tensor,  # codes [K, D]
+) -> Tensor:        # [N] int64
+    "Search in the precision of the latents; rows in doubt once more in float64."
+    t = code_table(e)
+    parts = []
+    for rows in row_chunks(x, len(e)):
+        rows = rows - t.origin
+        index, best, second = two_largest_in_blocks(torch.addmm(t.bias, rows, t.codes))
+        parts.append((index, best - second > score_error(rows, best, t)))
+    index, clear = (torch.cat(part) for part in zip(*parts))
+    doubtful = (~clear).nonzero()[:, 0]
+    if len(doubtful):
+        index[doubtful] = nearest_in_float64(x[doubtful], e)
+    return index
+
+# %% ../../nbs/2_quantizers/01_base.ipynb #46a47220
+def search_and_compare_two(
+    x: Tensor,  # latents [N, D]
+    e: Tensor,  # codes [K, D]
+) -> Tensor:        # [N] int64
+    "Search, and decide between the two best codes of each latent. Never waits for the device."
+    t = code_table(e)
+    exact = torch.float32 if x.device.type == "mps" else torch.float64   # Apple's has no float64
+    found = []
+    for rows in row_chunks(x, len(e)):
+        s = torch.addmm(t.bias, rows - t.origin, t.codes)
+        first = s.argmax(1, keepdim=True)
+        second = s.scatter(1, first, -math.inf).argmax(1, keepdim=True)
+        pair = torch.cat([torch.minimum(first, second), torch.maximum(first, second)], 1)
+        low, high = (rows.to(exact)[:, None] - e[pair].to(exact)).square().sum(2).unbind(1)
+        found.append(torch.where(high < low, pair[:, 1], pair[:, 0]))
+    return torch.where(finite_rows(x), torch.cat(found), 0)
+
+def finite_rows(x: Tensor) -> Tensor:
+    "Which rows of x [N, D] hold no NaN and nothing infinite, [N] bool."
+    return x.sum(1).isfinite()
 
 # %% ../../nbs/2_quantizers/01_base.ipynb #2a7359ce
 @torch.no_grad()
 def nearest_code(
     x: Tensor,  # latents [N, D]
     e: Tensor,  # codes [K, D]
-) -> Tensor:        # [N] int64
-    "Index of the nearest code of each latent, without a table of all distances."
-    half = e.square().sum(1).mul_(-0.5)
-    return torch.cat([row_argmax(torch.addmm(half, rows, e.T)) for rows in row_chunks(x, len(e))])
+) -> Tensor:        # [N] int64; 0 for a latent that is not finite
+    """Index of the nearest code of each latent, without a table of all distances.
+
+    It does not depend on the other latents; of codes equally near, the lowest index is taken."""
+    precision = torch.promote_types(torch.promote_types(x.dtype, e.dtype), torch.float32)
+    x, e = x.to(precision), e.to(precision)
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return search_and_compare_two(x, e)
+    return nearest_in_float64(x, e) if precision == torch.float64 else search_and_look_again(x, e)
 
 # %% ../../nbs/2_quantizers/01_base.ipynb #d3e1b013
 def unit(x: Tensor) -> Tensor:
-    "Rows [N, D] scaled to length one."
-    return F.normalize(x, dim=-1)
+    "Rows [N, D] scaled to length one; those that are zero stay as they are."
+    size = x.detach().abs().amax(-1, keepdim=True)
+    along = F.normalize(x / size.clamp_min(1e-30), dim=-1)
+    return torch.where(size > 1e-30, along, x)
 
 def as_is(x: Tensor) -> Tensor:
     "Rows as they are."
