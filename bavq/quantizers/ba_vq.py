@@ -127,6 +127,7 @@ def update_error_scale(
     total, squares, rows = all_reduce(sums)
     error = torch.where(rows > 0, total / rows, q.d_ref)
     q.d_ref.copy_(torch.where(q.d_ref > 0, q.d_ref.lerp(error, 1 - q.book.decay), error))
+    return squares / rows.clamp_min(1)
 
 def absolute_beta(
     q: BAQuantizer,
