@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from .core.config import RunConfig, check_config
 from .core.errors import BavqError, brief, is_number, is_whole, require, typed
-from .core.registry import nearest_first
+from .core.errors import nearest_first
 from .core.storage import only_writer
 from .models import networks, vqvae, vqvae2
 from .quantizers import base

@@ -176,7 +176,8 @@ def functions():
     some = torch.zeros(2, 3, dtype=torch.long)
     bad_indices = [None, "a", [1, 2], 3, 0.5, np.ones(3), torch.zeros(0).long(), torch.zeros(2, 3), some > 0]
     for f in (bavq.compute_perplexity, bavq.compute_usage_rate):
-        bad = dict(indices=[*bad_indices, some + 16, some - 1, torch.ones(16).long()], num_embeddings=WHOLE + [0])
+        wrong = [*bad_indices, some + 16, some - 1, torch.ones(16).long()]
+        bad = dict(indices=wrong, num_embeddings=WHOLE + [0])
         yield from each(f.__name__, f, dict(indices=some, num_embeddings=16), bad)
     bad_counts = dict(counts=[None, "a", [1, 2], 3, np.ones(3), torch.zeros(0), torch.tensor(3)])
     for f in (metrics.perplexity_of_counts, metrics.usage_of_counts, bavq.dead_codes):

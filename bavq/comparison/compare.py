@@ -64,8 +64,9 @@ def verdict(
     gain = 100 * c["perplexity_diff"] / c["perplexity_base"]
     return " ".join([
         f"**{answer_word(c)}.** Of {len(c)} cases ({c['pairs'].min()} or more paired seeds each),",
-        f"{name} has the higher perplexity with p < 0.01 in {c['more_codes'].sum()}, {other} in {fewer}; the difference is",
-        f"{gain.median():+.1f} % of {other}'s in the median, from {gain.min():+.1f} to {gain.max():+.1f} %.",
+        f"{name} has the higher perplexity with p < 0.01 in {c['more_codes'].sum()}, {other} in {fewer};",
+        f"the difference is {gain.median():+.1f} % of {other}'s in the median,",
+        f"from {gain.min():+.1f} to {gain.max():+.1f} %.",
         f"A loss of 0.05 dB of PSNR is excluded in {c['psnr_kept'].sum()} cases,",
         f"and {name} is worse in {lost};",
         f"the mean difference runs from {c['psnr_diff'].min():+.2f} to {c['psnr_diff'].max():+.2f} dB.",

@@ -21,7 +21,8 @@ from ..core.config import RunConfig, config_from_dict
 from ..core.distributed import get_rng_state, set_rng_state
 from ..core.errors import BavqError, choose, needs, require
 from ..core.storage import write_json
-from .evaluate import Evaluation, Judges, as_pixels, evaluate, evaluation_figure, in_colour
+from .evaluate import Evaluation, evaluate, evaluation_figure
+from .scores import Judges, as_pixels, in_colour
 from ..quantizers.base import QUANTIZERS
 from ..core.storage import read_json, read_weights
 from ..models.vqvae2 import build_model
@@ -148,6 +149,7 @@ def _labels_of(loader):
         return torch.tensor(loader.dataset.dataset.targets)
     return loader.labels
 
+# %% ../../nbs/5_evaluation/02_reports.ipynb #e52a018b
 def train_eyes(
     loader: Any,       # training batches of labelled images
     steps: int = 300,  # batches to train on
