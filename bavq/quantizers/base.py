@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from ..core.distributed import from_first, gather_rows, parallel
-from ..core.errors import BavqError, choose, require, typed
+from ..core.errors import BavqError, check_keywords, choose, require, typed
 from ..core.registry import Registry
 from ..theory.metrics import code_counts, perplexity_of_counts, usage_of_counts
 
@@ -758,6 +758,7 @@ def make_quantizer(
     name, options = resolve_alias(name, options)
     make = QUANTIZERS.find(name)
     options = {k: read_option(v) for k, v in options.items()}
+    check_keywords(make, options, f"quantizer {name}")
     try:
         return make(num_embeddings, embedding_dim, **options)
     except BavqError:
