@@ -31,7 +31,7 @@ from ..training.checkpoints import load_model
 from ..models.vqvae import VQVAE
 
 # %% auto #0
-__all__ = ['make_judges', 'find_runs', 'open_run', 'load_weights', 'evaluate_runs', 'evaluation_table', 'paired_images', 'report']
+__all__ = ['make_judges', 'open_run', 'evaluate_runs', 'evaluation_table', 'paired_images', 'report']
 
 # %% ../../nbs/5_evaluation/02_reports.ipynb #3ead0fb6
 if TYPE_CHECKING:
