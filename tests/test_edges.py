@@ -20,8 +20,9 @@ from bavq.core.distributed import get_rng_state, set_rng_state
 from bavq.core.errors import BavqError, DiskError
 from bavq.core.plots import cell_borders
 from bavq.core.storage import newest_checkpoint
-from bavq.evaluation.evaluate import evaluate, operating_point
+from bavq.evaluation.evaluate import evaluate
 from bavq.evaluation.reports import load_weights, report
+from bavq.evaluation.scores import operating_point
 from bavq.evaluation.summaries import summarise
 from bavq.models.maskgit import make_prior
 from bavq.models.networks import Decoder

@@ -12,7 +12,7 @@ from ..core.errors import BavqError, require
 from ..core.registry import Registry
 
 # %% auto #0
-__all__ = ['NETWORKS', 'ResidualBlock', 'Encoder', 'FiLM', 'Decoder', 'ConvNetwork']
+__all__ = ['NETWORKS', 'ResidualBlock', 'Encoder', 'Decoder', 'ConvNetwork']
 
 # %% ../../nbs/3_models/01_networks.ipynb #392f5448
 class ResidualBlock(nn.Module):

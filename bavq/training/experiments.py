@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 # %% auto #0
-__all__ = ['ANSWER', 'first_steps', 'only_process', 'environment', 'read_records', 'record_run', 'run', 'load_results']
+__all__ = ['ANSWER', 'environment', 'read_records', 'record_run', 'run', 'load_results']
 
 # %% ../../nbs/4_training/04_experiments.ipynb #c0de4a01
 import torch

@@ -27,7 +27,7 @@ from .loop import cooled_rate, end_epoch, make_accelerator, rest_of_epoch, start
 from .experiments import environment
 
 # %% auto #0
-__all__ = ['Codes', 'model_codes', 'extract_codes', 'code_bits', 'fit_prior', 'train_prior', 'sample_images']
+__all__ = ['Codes', 'extract_codes', 'code_bits', 'fit_prior', 'train_prior', 'sample_images']
 
 # %% ../../nbs/4_training/06_prior_training.ipynb #9c6d15e7
 class Codes(NamedTuple):

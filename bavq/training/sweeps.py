@@ -453,7 +453,10 @@ class EpochCount:
         out: Path,                         # where their folders are
         bar: Any,                          # of tqdm
     ):
-        self.open, self.out, self.bar, self.done = dict(configs), out, bar, 0
+        self.open = dict(configs)
+        self.out = out
+        self.bar = bar
+        self.done = 0
 
     def end(self, name: str) -> None:
         "A run has ended: its epochs are counted for good."
