@@ -19,9 +19,11 @@ from .core.config import RunConfig, check_config, run_name
 from .core.errors import BavqError, choose, needs, require
 from .core.storage import write_json
 from .models.vqvae2 import build_model
-from .training.experiments import PRESETS, load_results, only_process, read_config, run, study_configs
+from .core.presets import PRESETS, read_config, study_configs
+from .training.experiments import load_results, only_process, run
 from .training.sweeps import Ray, cores, sweep
-from .training.prior_training import PriorConfig, save_samples, train_prior
+from .core.config import PriorConfig
+from .training.prior_training import save_samples, train_prior
 
 # %% auto #0
 __all__ = ['parse', 'main']

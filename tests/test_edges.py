@@ -15,28 +15,30 @@ from PIL import Image
 
 from bavq.comparison.compare import name_arms, verdict
 from bavq.comparison.explore import make_schedule
-from bavq.core.config import RunConfig, check_config, require_same, run_name
+from bavq.core.config import PriorConfig, RunConfig, check_config, require_same, run_name
 from bavq.core.distributed import get_rng_state, set_rng_state
 from bavq.core.errors import BavqError, DiskError
-from bavq.core.storage import newest_checkpoint, read_weights, write_final_weights
 from bavq.core.plots import cell_borders
-from bavq.evaluation.evaluate import evaluate, operating_point
+from bavq.core.storage import newest_checkpoint, read_weights, write_final_weights
+from bavq.evaluation.evaluate import evaluate
 from bavq.evaluation.reports import load_weights, report
-from bavq.models.networks import Decoder
+from bavq.evaluation.scores import operating_point
+from bavq.evaluation.summaries import summarise
 from bavq.models.maskgit import make_prior
+from bavq.models.networks import Decoder
 from bavq.models.vqvae import VQVAE
 from bavq.quantizers.base import VectorQuantizer
 from bavq.studies.linear_lab import distortion_bound
 from bavq.theory import sources
-from bavq.training import data
 from bavq.theory.metrics import LossMeter, compute_entropy_bits
 from bavq.theory.rate_distortion import blahut_arimoto, blahut_arimoto_codebook
-from bavq.evaluation.summaries import summarise
 from bavq.theory.statistics import minimum_detectable_effect, paired_difference, permutation_p
-from bavq.training.experiments import run
+from bavq.training import data
+from bavq.training import images as image_sets
 from bavq.training.checkpoints import load_model, save_checkpoint
+from bavq.training.experiments import run
 from bavq.training.loop import fit, make_accelerator, prepare
-from bavq.training.prior_training import PriorConfig, extract_codes, model_codes, save_samples, train_prior
+from bavq.training.prior_training import extract_codes, model_codes, save_samples, train_prior
 
 TINY = RunConfig(
     train_size=64,
@@ -80,11 +82,12 @@ def test_a_cache_is_read_where_it_cannot_be_written_and_built_once(tmp_path, mon
 
     with monkeypatch.context() as m, warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        m.setattr(data, "atomic_write", full)
-        assert data.cached("a", 1, build)["x"].tolist() == [0, 1, 2] and len(built) == 1 and len(said) == 1
-    data.cached("a", 1, build)
+        m.setattr(image_sets, "atomic_write", full)
+        assert image_sets.cached("a", 1, build)["x"].tolist() == [0, 1, 2]
+        assert len(built) == 1 and len(said) == 1
+    image_sets.cached("a", 1, build)
     monkeypatch.setattr("filelock.FileLock", full)
-    assert data.cached("a", 1, build)["x"].tolist() == [0, 1, 2] and len(built) == 2
+    assert image_sets.cached("a", 1, build)["x"].tolist() == [0, 1, 2] and len(built) == 2
 
 
 def test_a_folder_beyond_the_default_limit(tmp_path, monkeypatch):

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 import torch
+from PIL import Image
 from torch.utils.data import get_worker_info
 
 import bavq.core.storage
@@ -23,13 +23,21 @@ import bavq.training.checkpoints
 import bavq.training.data
 import bavq.training.loop
 from bavq.cli import main, parse
-from bavq.core.config import RunConfig
+from bavq.core.config import PriorConfig, RunConfig
 from bavq.core.errors import BavqError, DiskError
-from bavq.core.storage import (Interrupted, checkpoints, final_weights, newest_checkpoint, read_history, read_weights,
-    stop_signals, write_json)
+from bavq.core.storage import (
+    Interrupted,
+    checkpoints,
+    final_weights,
+    newest_checkpoint,
+    read_history,
+    read_weights,
+    stop_signals,
+    write_json,
+)
 from bavq.training.data import Batches, epoch_order, get_dataloaders
 from bavq.training.experiments import run
-from bavq.training.prior_training import Codes, PriorConfig, fit_prior
+from bavq.training.prior_training import Codes, fit_prior
 
 TOLD = [
     *("name", "data", "quantizer", "codebook_size", "embedding_dim", "hidden_channels", "residual_blocks"),

@@ -5,8 +5,13 @@ import pytest
 import torch
 
 from bavq.core.errors import BavqError
-from bavq.theory.metrics import code_counts, compute_perplexity, compute_usage_rate
-from bavq.theory.metrics import perplexity_of_counts, usage_of_counts
+from bavq.theory.metrics import (
+    code_counts,
+    compute_perplexity,
+    compute_usage_rate,
+    perplexity_of_counts,
+    usage_of_counts,
+)
 
 INDICES = torch.randint(500, (8, 8, 8), generator=torch.Generator().manual_seed(0))
 

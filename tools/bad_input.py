@@ -34,14 +34,15 @@ import bavq.theory.rate_distortion as rd
 import bavq.theory.sources as sources
 import bavq.training.data as data
 from bavq.cli import main
-from bavq.core.config import RunConfig, check_config, config_from_dict
+from bavq.core.config import PriorConfig, RunConfig, check_config, config_from_dict
 from bavq.core.errors import BavqError
+from bavq.core.presets import read_config
 from bavq.core.storage import read_json, read_weights, write_json
 from bavq.models.maskgit import load_prior, make_prior
-from bavq.training.experiments import environment, load_results, read_config, run
-from bavq.training.sweeps import sweep
 from bavq.training.checkpoints import load_model
-from bavq.training.prior_training import PriorConfig, prepare_prior
+from bavq.training.experiments import environment, load_results, run
+from bavq.training.prior_training import prepare_prior
+from bavq.training.sweeps import sweep
 
 NAN, INF = float("nan"), float("inf")
 WHOLE = ["a", None, 1.5, NAN, INF, -INF, [], {}, (1, 2), -1, -(10**30), 10**30, b"1", 1j]
@@ -175,7 +176,8 @@ def functions():
     some = torch.zeros(2, 3, dtype=torch.long)
     bad_indices = [None, "a", [1, 2], 3, 0.5, np.ones(3), torch.zeros(0).long(), torch.zeros(2, 3), some > 0]
     for f in (bavq.compute_perplexity, bavq.compute_usage_rate):
-        bad = dict(indices=[*bad_indices, some + 16, some - 1, torch.ones(16).long()], num_embeddings=WHOLE + [0])
+        wrong = [*bad_indices, some + 16, some - 1, torch.ones(16).long()]
+        bad = dict(indices=wrong, num_embeddings=WHOLE + [0])
         yield from each(f.__name__, f, dict(indices=some, num_embeddings=16), bad)
     bad_counts = dict(counts=[None, "a", [1, 2], 3, np.ones(3), torch.zeros(0), torch.tensor(3)])
     for f in (metrics.perplexity_of_counts, metrics.usage_of_counts, bavq.dead_codes):

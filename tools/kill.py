@@ -34,10 +34,10 @@ import bavq.core.storage
 import bavq.training.checkpoints
 import bavq.training.loop
 import bavq.training.prior_training
-from bavq.core.config import RunConfig
+from bavq.core.config import PriorConfig, RunConfig
 from bavq.core.storage import read_history, read_weights, write_json
 from bavq.training.experiments import environment, run
-from bavq.training.prior_training import Codes, PriorConfig, fit_prior
+from bavq.training.prior_training import Codes, fit_prior
 
 PLACES = [
     "starting",

@@ -17,12 +17,12 @@ from ..theory.statistics import holm
 from ..training.experiments import ANSWER
 
 # %% auto #0
-__all__ = ['STUDY_DATA', 'ARMS', 'RIVALS', 'cases', 'bar', 'verdict', 'answer_figure', 'arm', 'answer_configs', 'five_pairs',
-           'name_arms', 'against_each', 'against_strongest', 'compare_figure']
+__all__ = ['STUDY_DATA', 'ARMS', 'RIVALS', 'cases', 'verdict', 'answer_figure', 'answer_configs', 'against_each',
+           'compare_figure']
 
 # %% ../../nbs/7_comparison/01_compare.ipynb #b2bd06a4
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from bavq.core.plots import Figure
 
 # %% ../../nbs/7_comparison/01_compare.ipynb #ddd2e8e5
 def cases(
@@ -31,7 +31,7 @@ def cases(
 ) -> pd.DataFrame:          # its rows, with a column `case`
     "The rows of one method that have pairs, with a name for each case."
     rows = summary[(summary["method"] == method) & (summary["pairs"] > 0)].reset_index(drop=True)
-    require(len(rows), f"{method} has no pairs with the baseline: train both with the same seeds")
+    require(len(rows) > 0, f"{method} has no pairs with the baseline: train both with the same seeds")
     names = [f"{Path(data).name}, K = {K}" for data, K in zip(rows["data"], rows["codebook_size"])]
     if "embedding_dim" in rows:
         names = [f"{name}, D = {D}" for name, D in zip(names, rows["embedding_dim"])]
@@ -46,7 +46,8 @@ def bar(
     "The cases, with three columns that say what each shows: more codes used, PSNR kept, and both."
     more = (c["perplexity_diff"] > 0) & (c["perplexity_p"] < alpha)
     kept = c["psnr_low"] > -margin
-    return c.assign(more_codes=more, psnr_kept=kept, both=more & kept, perplexity_p_holm=holm(c["perplexity_p"]))
+    holm_p = holm(c["perplexity_p"])
+    return c.assign(more_codes=more, psnr_kept=kept, both=more & kept, perplexity_p_holm=holm_p)
 
 # %% ../../nbs/7_comparison/01_compare.ipynb #e2c3f834
 def verdict(
@@ -62,10 +63,12 @@ def verdict(
     lost = (c["psnr_high"] < 0).sum()
     gain = 100 * c["perplexity_diff"] / c["perplexity_base"]
     return " ".join([
-        f"**{answer_word(c)}.** Of {len(c)} cases ({c['pairs'].min()} or more paired seeds each), {name} has the",
-        f"higher perplexity with p < 0.01 in {c['more_codes'].sum()}, {other} in {fewer}; the difference is",
-        f"{gain.median():+.1f} % of {other}'s in the median, from {gain.min():+.1f} to {gain.max():+.1f} %.",
-        f"A loss of 0.05 dB of PSNR is excluded in {c['psnr_kept'].sum()} cases, and {name} is worse in {lost};",
+        f"**{answer_word(c)}.** Of {len(c)} cases ({c['pairs'].min()} or more paired seeds each),",
+        f"{name} has the higher perplexity with p < 0.01 in {c['more_codes'].sum()}, {other} in {fewer};",
+        f"the difference is {gain.median():+.1f} % of {other}'s in the median,",
+        f"from {gain.min():+.1f} to {gain.max():+.1f} %.",
+        f"A loss of 0.05 dB of PSNR is excluded in {c['psnr_kept'].sum()} cases,",
+        f"and {name} is worse in {lost};",
         f"the mean difference runs from {c['psnr_diff'].min():+.2f} to {c['psnr_diff'].max():+.2f} dB.",
         f"{name} meets both criteria in {c['both'].sum()} of {len(c)}.",
     ])
@@ -82,7 +85,7 @@ def answer_figure(
     method: str = "ba_vq",     # compared with the summary's baseline
     baseline: str = "vq_ema",  # which that is
 ) -> Figure:
-    "Paired differences with 95 % intervals against K, a column of panels for each data set, a colour for each D."
+    "Paired differences with 95 % intervals against K: a column of panels a data set, a colour for each D."
     from bavq.core.plots import figure, method_label
     c = cases(summary, method)
     if "embedding_dim" not in c: c = c.assign(embedding_dim=0)
@@ -127,7 +130,8 @@ def draw_data_set(top, low, c: pd.DataFrame, name: str) -> None:
 def draw_intervals(ax, g: pd.DataFrame, key: str, beside: float, scale, style: dict) -> None:
     "Mean differences of one measure against K, with their intervals."
     mean, below, above = (scale * g[f"{key}_{part}"] for part in ("diff", "low", "high"))
-    ax.errorbar(g["codebook_size"] * beside, mean, yerr=[mean - below, above - mean], ms=4, capsize=2, **style)
+    K = g["codebook_size"] * beside
+    ax.errorbar(K, mean, yerr=[mean - below, above - mean], ms=4, capsize=2, **style)
 
 # %% ../../nbs/7_comparison/01_compare.ipynb #7d44a439
 STUDY_DATA = ("photos", "fashion_mnist", "mnist", "cifar10-jpeg75")
@@ -147,7 +151,7 @@ ARMS = {   # short name: quantizer, options
     "ba_vq_free": ("ba_vq", _STRONG | {"marginal": "free"}),
     "ba_vq_spec": ("ba_vq_spec", {}),
 }
-_CONTROL = "vq_ema_unrevived"   # of `06_control`, not of this study
+_CONTROL = "vq_ema_unrevived"   # of `09_control`, not of this study
 
 # %% ../../nbs/7_comparison/01_compare.ipynb #7585374a
 def arm(
@@ -208,7 +212,7 @@ def against_each(
     runs: pd.DataFrame,     # of `load_results`, named by `name_arms`
     method: str = "ba_vq",  # compared with each of `RIVALS`
 ) -> pd.DataFrame:
-    "A method against each of `RIVALS`, as of `bar`: a row for each of them and each case that has five pairs with all."
+    "A row, as of `bar`, for each of `RIVALS` and each case with five pairs with all of them."
     def against(rival):
         summary = summarise(runs[runs["method"].isin([rival, method])], baseline=rival)
         return bar(cases(summary, method)).query("pairs >= 5").assign(rival=rival)
@@ -236,11 +240,12 @@ def compare_figure(
     labels = dict(psnr="PSNR [dB]", perplexity="perplexity", usage_rate="share of codes used")
     fig, axes = figure(len(parts), 3, width=1.4 + 0.75 * df["method"].nunique(), height=2.6)
     for row, (key, g) in zip(axes.reshape(-1, 3), parts):
+        by_method = {m: g[g["method"] == m].set_index("seed") for m in known_first(g["method"])}
         for ax, (metric, label) in zip(row, labels.items()):
-            values = {m: g[g["method"] == m].set_index("seed")[metric].to_dict() for m in known_first(g["method"])}
+            values = {m: runs[metric].to_dict() for m, runs in by_method.items()}
             plot_paired(values, ax=ax, ylabel=label)
         distance = "" if key[2] == "euclidean" else f", {key[2]} distance"
-        row[0].set_title(f"{Path(key[0]).name}, K = {key[1]}{distance}")
+        row[0].set_title(f"{Path(str(key[0])).name}, K = {key[1]}{distance}")
     if path: atomic_write(path, lambda f: fig.savefig(f, format="png", dpi=120))
     return fig
 

@@ -13,7 +13,7 @@ from typing import Any
 from .errors import BavqError, brief, choose, is_number, require
 
 # %% auto #0
-__all__ = ['RunConfig', 'config_from_dict', 'config_from_record', 'check_config', 'config_id', 'run_name']
+__all__ = ['RunConfig', 'PriorConfig', 'config_from_dict', 'config_from_record', 'check_config', 'config_id', 'run_name']
 
 # %% ../../nbs/0_core/02_config.ipynb #8d0353fb
 @dataclass(frozen=True)
@@ -43,6 +43,25 @@ class RunConfig:
     seed: int = 0                 # initial weights, data order, everything random
     checkpoint_every: int = 10    # epochs between checkpoints
     wandb: bool = False           # log to Weights & Biases, project vq-codebook
+
+# %% ../../nbs/0_core/02_config.ipynb #fd34b03d
+@dataclass(frozen=True)
+class PriorConfig:
+    "Everything that decides the outcome of a prior's training, beside the codes."
+    kind: str = "transformer"       # pixelcnn, transformer or maskgit
+    name: str = ""                  # its folder in priors/ of the run; empty: the kind
+    class_conditional: bool = True  # tell it the labels
+    channels: int = 64              # width of the network, a multiple of 16
+    layers: int = 4                 # its depth
+    epochs: int = 20                # passes over the training grids
+    batch_size: int = 128           # grids per step
+    lr: float = 1e-3                # learning rate of AdamW
+    cooldown: float = 0.5           # last part of the steps, in which lr falls to 0 along a line; 0: lr stays
+    clip_grad: float = 1.0          # largest norm of the gradient; 0: no clipping
+    precision: str = "no"           # mixed precision: no, bf16 or fp16
+    seed: int = 0                   # initial weights, order of the grids, masks
+    checkpoint_every: int = 1       # epochs between checkpoints
+    wandb: bool = False             # log to Weights & Biases, project vq-codebook
 
 # %% ../../nbs/0_core/02_config.ipynb #ade00898
 def config_from_dict(

@@ -4,6 +4,7 @@
 
 # %% ../../nbs/0_core/01_errors.ipynb #29281bdf
 from __future__ import annotations
+import difflib
 import functools
 import importlib
 import inspect
@@ -11,15 +12,17 @@ import numbers
 import reprlib
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 # %% auto #0
-__all__ = ['BavqError', 'DiskError', 'require', 'choose']
+__all__ = ['BavqError', 'DiskError', 'require']
+
+# %% ../../nbs/0_core/01_errors.ipynb #9912009b
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # %% ../../nbs/0_core/01_errors.ipynb #b46d5d43
 class BavqError(ValueError):
@@ -44,15 +47,27 @@ def brief(
     "A value in a few words, on one line."
     return " ".join(reprlib.repr(value).split())[:100]
 
+# %% ../../nbs/0_core/01_errors.ipynb #5abd6325
+def nearest_first(
+    name: str,             # as somebody wrote it
+    names: Iterable[str],  # those there are
+) -> list[str]:
+    "The names in alphabetical order, with the one most like `name` in front, where one is like it."
+    ordered = sorted(names)
+    near = difflib.get_close_matches(name, ordered, n=1)
+    return near + [n for n in ordered if n not in near]
+
 # %% ../../nbs/0_core/01_errors.ipynb #adba5c2b
 def choose(
     name: str,                 # the name asked for
     table: Mapping[str, Any],  # the names that exist
     what: str,                 # what kind of thing it is, for the message
 ) -> Any:
-    "`table[name]`, or a `BavqError` that lists the names there are."
+    "`table[name]`, or a `BavqError` that lists the names there are, the one most like `name` first."
     known = isinstance(name, str) and name in table
-    require(known, f"unknown {what} {brief(name)}: choose one of {', '.join(sorted(table))}")
+    if not known:
+        names = ", ".join(nearest_first(str(name), table))
+        raise BavqError(f"unknown {what} {brief(name)}: choose one of {names}")
     return table[name]
 
 # %% ../../nbs/0_core/01_errors.ipynb #9f468382
@@ -74,6 +89,7 @@ def as_numbers(
     what: str,    # what they are, for the message
 ) -> Tensor:
     "The numbers as float64."
+    import torch
     try:
         return torch.as_tensor(values, dtype=torch.float64)
     except (TypeError, ValueError, RuntimeError):
@@ -97,7 +113,6 @@ _KINDS: dict[frozenset, _Kind] = {
     frozenset({str}): _Kind("a text", _is_text),
     frozenset({str, Path}): _Kind("a path", _is_path),
     frozenset({bytes}): _Kind("bytes", lambda value: isinstance(value, bytes)),
-    frozenset({Tensor}): _Kind("a tensor", lambda value: isinstance(value, Tensor)),
 }
 
 # %% ../../nbs/0_core/01_errors.ipynb #13b89db1
@@ -106,9 +121,17 @@ def _types_in(annotation: Any) -> frozenset:
     is_union = typing.get_origin(annotation) in (types.UnionType, typing.Union)
     return frozenset(typing.get_args(annotation) if is_union else [annotation])
 
+def _tensor_kind(wanted: frozenset) -> _Kind | None:
+    "What a tensor must be; None for other types. This module is loaded before torch, and so asks by name."
+    names = [(getattr(t, "__module__", ""), getattr(t, "__qualname__", "")) for t in wanted]
+    if names != [("torch", "Tensor")]:
+        return None
+    return _Kind("a tensor", lambda value: isinstance(value, tuple(wanted)))
+
 def _kind(annotation: Any) -> _Kind | None:
     "What a value of this annotation must be; None where the table does not know."
-    return _KINDS.get(_types_in(annotation) - {type(None)})
+    wanted = _types_in(annotation) - {type(None)}
+    return _KINDS.get(wanted) or _tensor_kind(wanted)
 
 # %% ../../nbs/0_core/01_errors.ipynb #054cab0f
 def _check_fits(name: str, value: Any, kind: _Kind) -> None:
@@ -138,6 +161,67 @@ def _checked(name: str, value: Any, kind: _Kind, default: Any) -> Any:
     _check_fits(name, value, kind)
     return int(value) if kind.fits is is_whole else value
 
+# %% ../../nbs/0_core/01_errors.ipynb #08760199
+class CallError(BavqError, TypeError):
+    "A call with arguments that do not fit; as Python has it, a `TypeError` too."
+
+def _accepted(signature: inspect.Signature) -> list[str]:
+    "The names of the arguments that can be given by name."
+    by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return [p.name for p in signature.parameters.values() if p.kind in by_name and p.name != "self"]
+
+def unknown_argument(
+    what: str,            # was called, such as VQEMAQuantizer
+    name: str,            # of the argument that it does not take
+    known: list[str],     # those that it takes
+) -> CallError:
+    "The error that names the argument most like the one that was given, and all that there are."
+    near = difflib.get_close_matches(name, known, n=1)
+    guess = f"did you mean {near[0]}? " if near else ""
+    takes = ", ".join(near + [k for k in known if k not in near])
+    return CallError(f"{what} does not take {brief(name)[1:-1]}: {guess}it takes {takes or 'nothing by name'}")
+
+# %% ../../nbs/0_core/01_errors.ipynb #e7da5dab
+def _passes_on(signature: inspect.Signature) -> bool:
+    "Does it take any name, to give it to something else?"
+    return any(p.kind is inspect.Parameter.VAR_KEYWORD for p in signature.parameters.values())
+
+def check_keywords(
+    f: Callable,             # a function or a class
+    options: Iterable[str],  # names of arguments
+    what: str,               # it is called in the message
+) -> None:
+    "A `CallError` names the first argument that `f` does not take, and those that it takes."
+    try:
+        signature = inspect.signature(f)
+    except (TypeError, ValueError):   # some functions written in C do not say
+        return
+    known = _accepted(signature)
+    wrong = next((name for name in options if name not in known), None)
+    if wrong is not None and not _passes_on(signature):
+        raise unknown_argument(what, wrong, known)
+
+# %% ../../nbs/0_core/01_errors.ipynb #8484e22c
+def _called(f: Callable, args: tuple) -> str:
+    "What the user called: a class by the name of the object that is being made."
+    return type(args[0]).__name__ if f.__name__ == "__init__" and args else f.__name__
+
+def _bind(f: Callable, signature: inspect.Signature, args: tuple, options: dict) -> inspect.BoundArguments:
+    "The arguments of a call, or a `CallError` that names the function and what it takes."
+    try:
+        return signature.bind(*args, **options)
+    except TypeError as e:
+        what = _called(f, args)
+        check_keywords(f, options, what)
+        takes = ", ".join(_accepted(signature))
+        raise CallError(f"{what}: {e}; it takes {takes}: give these") from None
+
+# %% ../../nbs/0_core/01_errors.ipynb #56485f7f
+def _with_own_names(error: CallError, what: str, signature: inspect.Signature) -> CallError:
+    "The error of a call inside; where the outer one passes names on, its own names are said too."
+    own = ", ".join(_accepted(signature))
+    return CallError(f"{error}; {what} itself takes {own}") if _passes_on(signature) else error
+
 # %% ../../nbs/0_core/01_errors.ipynb #cd93ada4
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -150,12 +234,15 @@ def typed(
 
     @functools.wraps(f)
     def checked(*args, **options):
-        bound = signature.bind(*args, **options)
+        bound = _bind(f, signature, args, options)
         for name, value in bound.arguments.items():
             if name in kinds:
                 default = signature.parameters[name].default
                 bound.arguments[name] = _checked(name, value, kinds[name], default)
-        return f(*bound.args, **bound.kwargs)
+        try:
+            return f(*bound.args, **bound.kwargs)
+        except CallError as e:
+            raise _with_own_names(e, _called(f, args), signature) from None
 
     return typing.cast(F, checked)
 

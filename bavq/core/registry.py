@@ -4,27 +4,16 @@
 
 # %% ../../nbs/0_core/06_registry.ipynb #5ef54680
 from __future__ import annotations
-import difflib
 import importlib
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.metadata import entry_points
 from typing import Any, TypeVar
-from .errors import BavqError, brief, require
+from .errors import BavqError, brief, nearest_first, require
 
 # %% auto #0
 __all__ = ['Registry']
-
-# %% ../../nbs/0_core/06_registry.ipynb #5abd6325
-def nearest_first(
-    name: str,             # as somebody wrote it
-    names: Iterable[str],  # those there are
-) -> list[str]:
-    "The names in alphabetical order, with the one most like `name` in front, where one is like it."
-    ordered = sorted(names)
-    near = difflib.get_close_matches(name, ordered, n=1)
-    return near + [n for n in ordered if n not in near]
 
 # %% ../../nbs/0_core/06_registry.ipynb #9e7db961
 def _load(
@@ -41,7 +30,7 @@ def _load(
         raise BavqError(f"{what} {brief(name)} cannot be imported ({cause}): {advice}") from e
 
 # %% ../../nbs/0_core/06_registry.ipynb #b17feea5
-def _is_path(name: str) -> bool:
+def _is_import_path(name: str) -> bool:
     "Has it the form package.module:Name?"
     module, colon, attribute = name.partition(":")
     parts = [*module.split("."), attribute]
@@ -65,7 +54,7 @@ def _find_elsewhere(
     registered: Iterable[str],  # names, for the message
 ) -> Any:
     "What a path or an entry point stands for; a `BavqError` lists the names where it is neither."
-    if _is_path(name):
+    if _is_import_path(name):
         return _load(what, name, lambda: import_object(name))
     offered = {e.name: e for e in entry_points(group=group)}
     if name in offered:

@@ -22,7 +22,7 @@ from .config import RunConfig, require_same
 from .errors import BavqError, DiskError, needs, require
 
 # %% auto #0
-__all__ = ['atomic_write', 'write_json', 'read_weights', 'read_json', 'write_weights', 'read_history', 'Interrupted']
+__all__ = ['atomic_write', 'write_json', 'read_json', 'read_history', 'Interrupted']
 
 # %% ../../nbs/0_core/04_storage.ipynb #fb7b9b5b
 PART = ".part"   # how the name of an unfinished file ends

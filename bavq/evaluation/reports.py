@@ -20,7 +20,8 @@ from ..core.config import RunConfig, config_from_dict
 from ..core.distributed import get_rng_state, set_rng_state
 from ..core.errors import BavqError, choose, needs, require
 from ..core.storage import write_json
-from .evaluate import Evaluation, Judges, as_pixels, evaluate, evaluation_figure, in_colour
+from .evaluate import Evaluation, evaluate, evaluation_figure
+from .scores import Judges, as_pixels, in_colour
 from ..quantizers.base import QUANTIZERS
 from ..core.storage import (
     FINAL_WEIGHTS, config_in_weights, final_weights, patient_for, read_json, read_weights)
@@ -30,7 +31,7 @@ from ..training.checkpoints import load_model
 from ..models.vqvae import VQVAE
 
 # %% auto #0
-__all__ = ['make_judges', 'find_runs', 'open_run', 'load_weights', 'evaluate_runs', 'evaluation_table', 'paired_images', 'report']
+__all__ = ['make_judges', 'open_run', 'evaluate_runs', 'evaluation_table', 'paired_images', 'report']
 
 # %% ../../nbs/5_evaluation/02_reports.ipynb #3ead0fb6
 if TYPE_CHECKING:
@@ -138,6 +139,7 @@ def _labels_of(loader):
         return torch.tensor(loader.dataset.dataset.targets)
     return loader.labels
 
+# %% ../../nbs/5_evaluation/02_reports.ipynb #e52a018b
 def train_eyes(
     loader: Any,       # training batches of labelled images
     steps: int = 300,  # batches to train on

@@ -15,7 +15,7 @@ from .priors import (GridTransformer, PixelCNN, Prior, TransformerPrior, check_g
     filter_logits, nats)
 
 # %% auto #0
-__all__ = ['MaskGIT', 'make_prior', 'load_prior', 'model_hash']
+__all__ = ['MaskGIT', 'make_prior', 'load_prior']
 
 # %% ../../nbs/3_models/05_maskgit.ipynb #7b2b7a9f
 def masked_counts(

@@ -60,11 +60,12 @@ def smoothed_step(
     q: SpecifiedVQEMAQuantizer,  # changed in place
     x: Tensor,                   # latents [N, D]
     index: Tensor,               # their nearest codes [N]
+    eps: float = 1e-5,           # ε of the smoothing
 ) -> None:
     "One step of the running means, the smoothed counts written back."
     counts, sums = hard_statistics(x, index, q.num_embeddings)
     q.ema_cluster_size.lerp_(counts, 1 - q.decay)
-    q.ema_cluster_size.copy_(smooth(q.ema_cluster_size))
+    q.ema_cluster_size.copy_(smooth(q.ema_cluster_size, eps))
     q.ema_w.lerp_(sums, 1 - q.decay)
     q.embedding.copy_(q.ema_w / q.ema_cluster_size[:, None])
 

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 from ..core.errors import require
 
 # %% auto #0
-__all__ = ['TIMED', 'load_bench', 'ratio', 'seconds_table', 'exponent_of', 'draw_steps']
+__all__ = ['load_bench', 'seconds_table']
 
 # %% ../../nbs/6_studies/04_speed.ipynb #3351bc7d
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from bavq.core.plots import Figure
 
 # %% ../../nbs/6_studies/04_speed.ipynb #48e97022
 TIMED = dict(
@@ -33,7 +33,7 @@ def load_bench(
 ) -> dict[str, dict]:                      # name of the part: its record
     "All records of a benchmark."
     files = sorted(Path(folder).glob("*.json"))
-    require(files, f"{folder} holds no records: run `make bench`")
+    require(bool(files), f"{folder} holds no records: run `make bench`")
     return {f.stem: json.loads(f.read_text(encoding="utf-8")) for f in files}
 
 # %% ../../nbs/6_studies/04_speed.ipynb #7c247b88
@@ -88,6 +88,7 @@ def draw_against_size(ax, rows: dict[str, dict], label: str) -> None:
         sizes = [K for K, row in rows.items() if row.get(arm)]
         if not sizes: continue
         color = method_color("peer_vq" if arm.startswith("peer") else arm)
-        ax.loglog([int(K) for K in sizes], [rows[K][arm] for K in sizes], _STYLES[arm], color=color, label=name)
+        values = [rows[K][arm] for K in sizes]
+        ax.loglog([int(K) for K in sizes], values, _STYLES[arm], color=color, label=name)
     ax.set(xlabel="codes K", ylabel=label, xticks=[int(K) for K in rows], xticklabels=list(rows))
     ax.minorticks_off()

@@ -21,11 +21,10 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 # %% auto #0
-__all__ = ['PRESETS', 'ANSWER', 'first_steps', 'only_process', 'environment', 'read_records', 'record_run', 'run', 'load_results',
-           'Study', 'study_configs', 'read_config']
+__all__ = ['ANSWER', 'environment', 'read_records', 'record_run', 'run', 'load_results']
 
 # %% ../../nbs/4_training/04_experiments.ipynb #c0de4a01
 import torch
@@ -39,7 +38,7 @@ from ..core.storage import (
 from ..models.networks import NETWORKS
 from ..quantizers.base import ALIASES, QUANTIZERS, read_option, resolve_alias
 from .checkpoints import Training
-from .data import DATASETS
+from .images import DATASETS
 from .loop import fit, on_step, prepare, train_epoch
 if TYPE_CHECKING:
     import pandas as pd
@@ -638,66 +637,6 @@ def load_results(
     require(bool(rows), f"there is no finished run under {folder}: train one, or check the path")
     return pd.DataFrame(rows)
 
-# %% ../../nbs/4_training/04_experiments.ipynb #14035900
-class Study(NamedTuple):
-    "A list of runs, said briefly."
-    base: RunConfig                       # what all runs share
-    quantizers: tuple[str, ...] = ("vq_ema", "ba_vq")  # methods
-    codebook_sizes: tuple[int, ...] = (512,)           # each with every method
-    seeds: int = 3                        # 0, 1, …
-    cosine: tuple[int, ...] = ()          # sizes that are also run with cosine distance
-
-# %% ../../nbs/4_training/04_experiments.ipynb #c5f35117
-_ALL_FORMS = ("vq_ema", "ba_vq", "vq_ema_spec", "ba_vq_spec")
-_SMALL = RunConfig(hidden_channels=16, embedding_dim=64, batch_size=64, lr=2e-3, workers=2,
-                   checkpoint_every=2)
-_CIFAR = RunConfig(data="cifar10", precision="bf16")
-PRESETS = dict(
-    quick=Study(replace(_SMALL, train_size=6400, epochs=5), _ALL_FORMS, (256,)),
-    cpu=Study(replace(_SMALL, hidden_channels=64, lr=1e-3, epochs=10), codebook_sizes=(256,)),
-    gpu=Study(_CIFAR, codebook_sizes=(256, 512, 1024), seeds=1, cosine=(512,)),
-    paper=Study(_CIFAR, _ALL_FORMS, (256, 512, 1024, 2048), seeds=5))
-
 # %% ../../nbs/4_training/04_experiments.ipynb #e9701ac7
 ANSWER = RunConfig(train_size=6400, hidden_channels=16, batch_size=32, lr=2e-3, cooldown=0.16,
                    warmup_steps=800, epochs=5, workers=0, checkpoint_every=5)
-
-# %% ../../nbs/4_training/04_experiments.ipynb #d0a9a07a
-def study_configs(
-    study: Study,  # one of `PRESETS`, or your own
-) -> list[RunConfig]:
-    "The runs of a study, seeds outermost, so that pairs are complete early."
-    require(study.seeds >= 1, f"seeds is {study.seeds}: give at least 1")
-    euclidean: list[tuple[int, dict[str, str]]] = [(K, {}) for K in study.codebook_sizes]
-    cosine = [(K, {"distance": "cosine"}) for K in study.cosine]
-    base = study.base
-    return [replace(base, quantizer=q, codebook_size=K, options=base.options | options, seed=s)
-            for s in range(study.seeds) for K, options in euclidean + cosine for q in study.quantizers]
-
-# %% ../../nbs/4_training/04_experiments.ipynb #7e92218f
-def read_yaml(
-    path: str | Path,  # of the file
-) -> dict[str, Any]:
-    "The names and values of a YAML file; plain values only, nothing is executed."
-    import yaml
-    try:
-        d = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as e:
-        raise BavqError(f"{path} cannot be read ({type(e).__name__}): check the path") from None
-    except (yaml.YAMLError, RecursionError, ValueError) as e:
-        said = " ".join(str(e).split())[:120]
-        raise BavqError(f"{path} is not YAML ({said}): write one `name: value` a line") from None
-    require(isinstance(d, dict) and all(isinstance(k, str) for k in d),
-            f"{path} holds no names and values: write one `name: value` a line")
-    return d
-
-# %% ../../nbs/4_training/04_experiments.ipynb #b246897f
-def read_config(
-    path: str | Path,               # of a YAML file
-    base: RunConfig = RunConfig(),  # where the other values come from
-) -> RunConfig:
-    "A configuration with the values of a YAML file, the others from `base`; a `BavqError` where it is none."
-    d = read_yaml(path)
-    if d.get("precision") is False:   # YAML's no
-        d["precision"] = "no"
-    return config_from_dict(d, base)

@@ -29,7 +29,7 @@ from bavq.training.checkpoints import (Training, locate_error, restore, save_bet
     save_is_due)
 
 # %% auto #0
-__all__ = ['loss_terms', 'train_epoch', 'step_schedule', 'cooled_rate', 'validate', 'make_accelerator', 'prepare', 'fit']
+__all__ = ['loss_terms', 'train_epoch', 'validate', 'make_accelerator', 'fit']
 
 # %% ../../nbs/4_training/03_loop.ipynb #8285dbe4
 def loss_terms(

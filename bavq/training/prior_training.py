@@ -7,7 +7,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 import numpy as np
@@ -15,20 +15,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from ..core.errors import BavqError, check_types, choose, require
-from ..core.config import RunConfig, check_config
+from ..core.config import PriorConfig, RunConfig, check_config
 from ..core.distributed import set_seed
 from ..core.storage import (Interrupted, atomic_write, newest_checkpoint, only_writer, read_json,
     stop_signals, write_final_weights, write_history, write_json)
 from ..models.maskgit import load_prior, make_prior, model_hash
 from ..models.priors import Prior
-from .data import epoch_order, get_dataloaders, read_arrays
+from .data import epoch_order, get_dataloaders
+from .images import read_arrays
 from .checkpoints import Training, load_model, locate_error, restore_state, save_checkpoint
 from .loop import (
     cooled_rate, end_epoch, make_accelerator, own_state, rest_of_epoch, start_log)
 from .experiments import environment, source_hash, write_environment
 
 # %% auto #0
-__all__ = ['Codes', 'model_codes', 'extract_codes', 'code_bits', 'PriorConfig', 'fit_prior', 'train_prior', 'sample_images']
+__all__ = ['Codes', 'extract_codes', 'code_bits', 'fit_prior', 'train_prior', 'sample_images']
 
 # %% ../../nbs/4_training/06_prior_training.ipynb #9c6d15e7
 class Codes(NamedTuple):
@@ -170,25 +171,6 @@ def code_bits(
     for name, context in dict(entropy="none", given_left="left", given_above="above").items():
         costs[name] = context_bits(codes.train, codes.test, codes.num_embeddings, context)
     return costs
-
-# %% ../../nbs/4_training/06_prior_training.ipynb #fd34b03d
-@dataclass(frozen=True)
-class PriorConfig:
-    "Everything that decides the outcome of a prior's training, beside the codes."
-    kind: str = "transformer"       # pixelcnn, transformer or maskgit
-    name: str = ""                  # its folder in priors/ of the run; empty: the kind
-    class_conditional: bool = True  # tell it the labels
-    channels: int = 64              # width of the network, a multiple of 16
-    layers: int = 4                 # its depth
-    epochs: int = 20                # passes over the training grids
-    batch_size: int = 128           # grids per step
-    lr: float = 1e-3                # learning rate of AdamW
-    cooldown: float = 0.5           # last part of the steps, in which lr falls to 0 along a line; 0: lr stays
-    clip_grad: float = 1.0          # largest norm of the gradient; 0: no clipping
-    precision: str = "no"           # mixed precision: no, bf16 or fp16
-    seed: int = 0                   # initial weights, order of the grids, masks
-    checkpoint_every: int = 1       # epochs between checkpoints
-    wandb: bool = False             # log to Weights & Biases, project vq-codebook
 
 # %% ../../nbs/4_training/06_prior_training.ipynb #4ad18fff
 def prior_sizes(
