@@ -275,8 +275,10 @@ def foreign_sources(
     "SHA-256 of what the networks are made of outside this package and PyTorch; None where it is not known."
     plain = replace(t.config, quantizer="", data="photos")   # the images are hashed themselves
     hashes = plugin_hashes(plain)
-    kinds = {kind for name, m in t.model.named_modules() if not name.startswith("quantizer")
-             for kind in type(m).__mro__ if kind.__module__.split(".")[0] not in ("bavq", "torch", "builtins")}
+    own = ("bavq", "torch", "builtins")
+    networks = [m for name, m in t.model.named_modules() if not name.startswith("quantizer")]
+    bases = {kind for m in networks for kind in type(m).__mro__}
+    kinds = [kind for kind in bases if kind.__module__.split(".")[0] not in own]
     texts = [file_or_source(k) for k in sorted(kinds, key=lambda k: (k.__module__, k.__qualname__))]
     if len(hashes) < len(plugin_modules(plain)) or None in texts:
         return None
