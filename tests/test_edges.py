@@ -34,6 +34,7 @@ from bavq.theory.metrics import LossMeter, compute_entropy_bits
 from bavq.theory.rate_distortion import blahut_arimoto, blahut_arimoto_codebook
 from bavq.theory.statistics import minimum_detectable_effect, paired_difference, permutation_p
 from bavq.training import data
+from bavq.training import images as image_sets
 from bavq.training.checkpoints import load_model, save_checkpoint
 from bavq.training.experiments import run
 from bavq.training.loop import fit, make_accelerator, prepare
@@ -81,11 +82,12 @@ def test_a_cache_is_read_where_it_cannot_be_written_and_built_once(tmp_path, mon
 
     with monkeypatch.context() as m, warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        m.setattr(data, "atomic_write", full)
-        assert data.cached("a", 1, build)["x"].tolist() == [0, 1, 2] and len(built) == 1 and len(said) == 1
-    data.cached("a", 1, build)
+        m.setattr(image_sets, "atomic_write", full)
+        assert image_sets.cached("a", 1, build)["x"].tolist() == [0, 1, 2]
+        assert len(built) == 1 and len(said) == 1
+    image_sets.cached("a", 1, build)
     monkeypatch.setattr("filelock.FileLock", full)
-    assert data.cached("a", 1, build)["x"].tolist() == [0, 1, 2] and len(built) == 2
+    assert image_sets.cached("a", 1, build)["x"].tolist() == [0, 1, 2] and len(built) == 2
 
 
 def test_a_folder_beyond_the_default_limit(tmp_path, monkeypatch):

@@ -38,7 +38,7 @@ from ..core.storage import (
 from ..models.networks import NETWORKS
 from ..quantizers.base import ALIASES, QUANTIZERS, read_option, resolve_alias
 from .checkpoints import Training
-from .data import DATASETS
+from .images import DATASETS
 from .loop import fit, on_step, prepare, train_epoch
 if TYPE_CHECKING:
     import pandas as pd

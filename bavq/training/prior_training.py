@@ -20,7 +20,8 @@ from ..core.storage import (Interrupted, atomic_write, newest_checkpoint, only_w
     stop_signals, write_history, write_json, write_weights)
 from ..models.maskgit import load_prior, make_prior, model_hash
 from ..models.priors import Prior
-from .data import epoch_order, get_dataloaders, read_arrays
+from .data import epoch_order, get_dataloaders
+from .images import read_arrays
 from .checkpoints import Training, load_model, locate_error, restore_state, save_checkpoint
 from .loop import cooled_rate, end_epoch, make_accelerator, rest_of_epoch, start_log
 from .experiments import environment
