@@ -133,7 +133,7 @@ def get_dataloaders(
     "Loaders of training and test images in [-1, 1], with labels that nobody needs."
     return image_sets.get_dataloaders(dataset, batch_size, workers=num_workers, train_size=train_size)
 
-# %% ../nbs/appendix/03_reference.ipynb #49e4e11c
+# %% ../nbs/appendix/03_reference.ipynb #880cb5ce
 def as_device(device: Any) -> torch.device:
     "The device, or a `BavqError` where there is none of that name."
     try:
@@ -143,6 +143,7 @@ def as_device(device: Any) -> torch.device:
 
 def on_device(loader: Iterable, device: torch.device) -> Iterator[tuple[Tensor, Any]]:
     "The batches of a loader, images on the device."
+    require(isinstance(loader, Iterable), f"loader is {brief(loader)}: give one of get_dataloaders")
     for x, labels in loader:
         yield x.to(device), labels
 
@@ -266,7 +267,7 @@ class VectorQuantizer(OneLoss):
             inner = base.VectorQuantizer(*sizes, init="uniform")
         super().__init__(inner)
 
-# %% ../nbs/appendix/03_reference.ipynb #de86017a
+# %% ../nbs/appendix/03_reference.ipynb #10f6e131
 class ProductQuantizer(nn.Module):
     "Sub-codebooks on pieces of the latent (Jégou et al. 2011), an index for each of them."
     parts: Any  # an nn.ModuleList of quantizers
@@ -297,9 +298,10 @@ class ProductQuantizer(nn.Module):
 
     def decode(self, indices: Tensor) -> Tensor:
         "Codes [B, D, H, W] of indices [B, M, H, W], or [N, D] of [N, M]."
-        return torch.cat([part.decode(i) for part, i in zip(self.parts, indices.unbind(1), strict=True)], 1)
+        check_piece_indices(indices, len(self.parts))
+        return torch.cat([part.decode(i) for part, i in zip(self.parts, indices.unbind(1))], 1)
 
-# %% ../nbs/appendix/03_reference.ipynb #a1d60d43
+# %% ../nbs/appendix/03_reference.ipynb #98f121a2
 def pieces_of(
     q: ProductQuantizer,
     z: Tensor,  # latents [B, D, H, W] or [N, D]
@@ -307,6 +309,12 @@ def pieces_of(
     "Each part, and its piece of the latents."
     base.to_rows(z, q.embedding_dim)   # refuses another D
     return zip(q.parts, z.chunk(len(q.parts), 1))
+
+def check_piece_indices(indices: Any, M: int) -> None:
+    "A `BavqError` unless there is an index for each of M parts."
+    found = list(getattr(indices, "shape", [])) or type(indices).__name__
+    fits = torch.is_tensor(indices) and indices.dim() >= 2 and indices.shape[1] == M
+    require(fits, f"indices are {found}: give [B, {M}, H, W], or [N, {M}]")
 
 def quantize_pieces(
     q: ProductQuantizer,
@@ -385,11 +393,13 @@ class Decoder(Bounded):
         super().__init__(
             networks.Decoder(out_channels, width_of(hidden_dims), embedding_dim, num_residual_layers))
 
-# %% ../nbs/appendix/03_reference.ipynb #958d76da
+# %% ../nbs/appendix/03_reference.ipynb #eaba501e
 def check_unit_range(
     x: Tensor,  # images [B, C, H, W]
 ) -> None:
-    "A `BavqError` where images on the CPU are not in [0, 1]."
+    "A `BavqError` where these are no images, or images on the CPU that are not in [0, 1]."
+    found = getattr(x, "dtype", type(x).__name__)
+    require(torch.is_tensor(x) and x.is_floating_point(), f"images are {found}: give floats [B, C, H, W]")
     if x.device.type == "cpu" and x.numel():
         low, high = x.detach().aminmax()
         inside = bool(low >= 0) and bool(high <= 1)
