@@ -17,8 +17,8 @@ from ..theory.statistics import holm
 from ..training.experiments import ANSWER
 
 # %% auto #0
-__all__ = ['STUDY_DATA', 'ARMS', 'RIVALS', 'cases', 'bar', 'verdict', 'answer_figure', 'arm', 'answer_configs', 'five_pairs',
-           'name_arms', 'against_each', 'against_strongest', 'compare_figure']
+__all__ = ['STUDY_DATA', 'ARMS', 'RIVALS', 'cases', 'verdict', 'answer_figure', 'answer_configs', 'against_each',
+           'compare_figure']
 
 # %% ../../nbs/7_comparison/01_compare.ipynb #b2bd06a4
 if TYPE_CHECKING:
@@ -64,8 +64,9 @@ def verdict(
     gain = 100 * c["perplexity_diff"] / c["perplexity_base"]
     return " ".join([
         f"**{answer_word(c)}.** Of {len(c)} cases ({c['pairs'].min()} or more paired seeds each),",
-        f"{name} has the higher perplexity with p < 0.01 in {c['more_codes'].sum()}, {other} in {fewer}; the difference is",
-        f"{gain.median():+.1f} % of {other}'s in the median, from {gain.min():+.1f} to {gain.max():+.1f} %.",
+        f"{name} has the higher perplexity with p < 0.01 in {c['more_codes'].sum()}, {other} in {fewer};",
+        f"the difference is {gain.median():+.1f} % of {other}'s in the median,",
+        f"from {gain.min():+.1f} to {gain.max():+.1f} %.",
         f"A loss of 0.05 dB of PSNR is excluded in {c['psnr_kept'].sum()} cases,",
         f"and {name} is worse in {lost};",
         f"the mean difference runs from {c['psnr_diff'].min():+.2f} to {c['psnr_diff'].max():+.2f} dB.",

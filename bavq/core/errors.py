@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 # %% auto #0
-__all__ = ['BavqError', 'DiskError', 'require', 'choose']
+__all__ = ['BavqError', 'DiskError', 'require']
 
 # %% ../../nbs/0_core/01_errors.ipynb #9912009b
 if TYPE_CHECKING:

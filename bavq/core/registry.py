@@ -30,7 +30,7 @@ def _load(
         raise BavqError(f"{what} {brief(name)} cannot be imported ({cause}): {advice}") from e
 
 # %% ../../nbs/0_core/06_registry.ipynb #b17feea5
-def _is_path(name: str) -> bool:
+def _is_import_path(name: str) -> bool:
     "Has it the form package.module:Name?"
     module, colon, attribute = name.partition(":")
     parts = [*module.split("."), attribute]
@@ -54,7 +54,7 @@ def _find_elsewhere(
     registered: Iterable[str],  # names, for the message
 ) -> Any:
     "What a path or an entry point stands for; a `BavqError` lists the names where it is neither."
-    if _is_path(name):
+    if _is_import_path(name):
         return _load(what, name, lambda: import_object(name))
     offered = {e.name: e for e in entry_points(group=group)}
     if name in offered:

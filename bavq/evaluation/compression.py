@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from ..core.errors import BavqError, choose, needs, require, typed
 from ..core.storage import atomic_write
-from ..training.data import normalize, read_image
-from .evaluate import as_pixels
+from ..training.data import read_image
+from ..training.images import normalize
+from .scores import as_pixels
 from ..theory.metrics import code_counts
 from ..models.maskgit import load_prior, model_hash
 from ..models.priors import Prior

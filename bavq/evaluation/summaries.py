@@ -12,7 +12,7 @@ from ..core.errors import require
 from ..theory.statistics import mean_interval, p_as_text, paired_difference
 
 # %% auto #0
-__all__ = ['METRICS', 'groups', 'summarise', 'tables']
+__all__ = ['METRICS', 'summarise', 'tables']
 
 # %% ../../nbs/5_evaluation/04_summaries.ipynb #b83a07d4
 METRICS = ("psnr", "perplexity", "usage_rate", "dead_codes")

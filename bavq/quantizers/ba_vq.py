@@ -120,20 +120,21 @@ def update_error_scale(
     q: BAQuantizer,  # changed in place
     x: Tensor,       # latents [N, D]
     nearest: Tensor, # their nearest codes [N, D]
-) -> None:
+) -> Tensor:         # the mean squared length of a latent, over all processes
     "Average in the squared distance of this batch; the first one stands as it is."
     squared_error = F.mse_loss(x, nearest, reduction="sum")
-    total, rows = all_reduce(torch.stack([squared_error, x.new_tensor(float(len(x)))]))
-    error = total / rows
+    sums = torch.stack([squared_error, x.square().sum(), x.new_full((), float(len(x)))])
+    total, squares, rows = all_reduce(sums)
+    error = torch.where(rows > 0, total / rows, q.d_ref)
     q.d_ref.copy_(torch.where(q.d_ref > 0, q.d_ref.lerp(error, 1 - q.book.decay), error))
+    return squares / rows.clamp_min(1)
 
 def absolute_beta(
     q: BAQuantizer,
-    x: Tensor,  # latents [N, D]
-) -> Tensor:        # scalar, per unit of squared distance
+    length: Tensor,  # mean squared length of a latent
+) -> Tensor:         # scalar, per unit of squared distance
     "β of this step, in the units of the latents."
-    rounding = 1e-6 * x.square().sum(1).mean()
-    return q.beta / torch.maximum(q.d_ref, rounding).clamp_min(1e-20)
+    return q.beta / torch.maximum(q.d_ref, 1e-6 * length).clamp_min(1e-20)
 
 # %% ../../nbs/2_quantizers/05_ba_vq.ipynb #b56bd5c9
 @torch.no_grad()
@@ -146,9 +147,9 @@ def soft_em_step(
     x = at_least_float32(x)
     e = at_least_float32(q.codebook)
     wins = all_reduce(code_counts(index, q.num_embeddings).to(x.dtype))
-    update_error_scale(q, x, e[index])
+    length = update_error_scale(q, x, e[index])
     q.wins.lerp_(wins, 1 - q.book.decay)
-    counts, sums = soft_statistics(x, e, q.potentials, absolute_beta(q, x))
+    counts, sums = soft_statistics(x, e, q.potentials, absolute_beta(q, length))
     q.book.absorb(counts, sums)
     q.potentials.copy_(next_potentials(q.potentials, counts, q.book.counts, q.exponent))
     if q.exponent <= 0:
