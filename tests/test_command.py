@@ -27,7 +27,7 @@ from bavq.models.networks import NETWORKS
 from bavq.models.vqvae import VQVAE
 from bavq.quantizers.base import ALIASES, QUANTIZERS, make_quantizer
 from bavq.theory.statistics import p_as_text
-from bavq.training.data import DATASETS
+from bavq.training.images import DATASETS
 
 ROOT = Path(__file__).resolve().parent.parent
 
