@@ -116,6 +116,7 @@ LOADERS = {
     "weights for evaluation": lambda: load_weights(trap(Path("w.pt"))),
     "weights of a judge": lambda: enter(weights_from(str(trap(Path("w.pt"))), "https://x/w.pth", ("", ""))),
     "final model of a run": lambda: load_model(a_trap_in_a_run("final_model.pt")),
+    "final safetensors of a run": lambda: load_model(a_trap_in_a_run("final_model.safetensors")),
     "newest checkpoint of a run": lambda: load_model(a_trap_in_a_run("checkpoint_epoch1.pt")),
     "a prior": lambda: load_prior(a_trap_in_a_prior()),
     "codes of a run": lambda: (a_trap_in_the_codes(), extract_codes("run")),

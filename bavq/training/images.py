@@ -4,7 +4,7 @@
 
 # %% ../../nbs/4_training/00_images.ipynb #0ea6a0e6
 from __future__ import annotations
-import hashlib, importlib.util, inspect, os, socket, tempfile, warnings, zipfile
+import hashlib, importlib.util, inspect, os, tempfile, warnings, zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils.weak import WeakIdKeyDictionary
 from ..core.errors import BavqError, brief, needs, require
-from ..core.storage import atomic_write
+from ..core.storage import atomic_write, patient_for
 from ..core.registry import Registry
 
 # %% auto #0
@@ -316,13 +316,12 @@ def _padded_channels_first(images):
 
 # %% ../../nbs/4_training/00_images.ipynb #2b351390
 def _download(kind, root, folder, name):
-    time_limit = socket.getdefaulttimeout()
     lock = root / f".{name}.lock"
     is_new = not root.exists()
     try:
         root.mkdir(parents=True, exist_ok=True)
-        socket.setdefaulttimeout(10)
-        with needs("filelock", "train").FileLock(lock), tempfile.TemporaryDirectory(dir=root) as tmp:
+        guard = needs("filelock", "train").FileLock(lock)
+        with patient_for(10), guard, tempfile.TemporaryDirectory(dir=root) as tmp:
             if folder.exists():
                 return   # another process was quicker
             kind(tmp, download=True)
@@ -332,7 +331,6 @@ def _download(kind, root, folder, name):
         cure = "copy torchvision's files there, give another root, or use photos, which needs no network"
         raise BavqError(f"{problem}: {cure}") from None
     finally:
-        socket.setdefaulttimeout(time_limit)
         with suppress(OSError):
             lock.unlink()
             if is_new:
