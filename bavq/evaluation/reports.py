@@ -510,13 +510,21 @@ def _pairs_of_same_images(done, baseline):
     same = {name: e for name, (_, e) in done.items() if e.fingerprint == shown}
     return paired_images(same, baseline) if len(same) > 1 else None
 
+def _pairs_as_text(pairs):
+    "The differences with four digits; no p is nought."
+    from bavq.theory.statistics import p_as_text
+    shown = pairs.round(4)
+    for column in [c for c in pairs if c == "p"]:
+        shown[column] = [p_as_text(p) for p in pairs[column]]
+    return shown.to_string(index=False, line_width=100)
+
 def _print_report(done, baseline, pairs):
     "The table, the differences and the notes."
     table = evaluation_table({name: e.metrics for name, (_, e) in done.items()})
-    print((table.T if len(done) <= 8 else table).to_string())
+    print((table.T if len(done) <= 8 else table).to_string(line_width=100))
     if pairs is not None:
         print(f"\ndifference to {baseline} over the same images, 95 % interval")
-        print(pairs.round(4).to_string(index=False))
+        print(_pairs_as_text(pairs))
     for note in _all_notes(done):
         print(f"\n{note}")
 

@@ -352,7 +352,7 @@ def study_file(
 ) -> Path:
     "The file of a study's records."
     path = Path(study)
-    return path if path.suffix == ".jsonl" else path.with_name(f"{path.name}.jsonl")
+    return path if path.suffix == ".jsonl" else path.parent / f"{path.name}.jsonl"
 
 # %% ../../nbs/4_training/04_experiments.ipynb #44e657f1
 def parse_record(
