@@ -3,6 +3,7 @@ started them."""
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -145,6 +146,25 @@ def test_several_processes_stop_together_and_go_on(tmp_path):
     assert two_processes(tmp_path / "cut").wait(300) == 0
     whole, resumed = (read_weights(final_weights(f)) for f in (tmp_path / "whole" / "run", cut))
     assert all(torch.equal(whole[k], resumed[k]) for k in whole)
+
+
+def test_torchrun_as_the_readme_prints_it(tmp_path):
+    """On a machine without a GPU, and without being told so: accelerate sees both processes, and they train
+    one run."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (printed,) = re.findall(r"^(torchrun .*) bavq train --config \S+", readme, re.M)
+    launch = re.sub(r"(--nproc_per_node) \d+", r"\1 2", printed).split()
+    free = {k: v for k, v in ENV.items() if k != "ACCELERATE_USE_CPU"}
+    scripts = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    done = subprocess.run(
+        [*launch, "bavq", *TRAIN.split(), "--epochs", "1", "--name", "run", "--out", str(tmp_path)],
+        env=free | {"CUDA_VISIBLE_DEVICES": "", "PATH": scripts},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("saved in") == 1 and final_weights(tmp_path / "run")
 
 
 LOADED = """
