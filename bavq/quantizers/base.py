@@ -650,8 +650,13 @@ def initialise(
     else:
         set_first_codes(q, x)
 
+# %% ../../nbs/2_quantizers/01_base.ipynb #97598418
+def is_module_class(thing: Any) -> bool:
+    "Is it a class of modules, which may be made from a name in a configuration?"
+    return isinstance(thing, type) and issubclass(thing, nn.Module)
+
 # %% ../../nbs/2_quantizers/01_base.ipynb #bca37685
-QUANTIZERS = Registry("quantizer", "bavq.quantizers")
+QUANTIZERS = Registry("quantizer", "bavq.quantizers", is_module_class, "a subclass of torch.nn.Module")
 
 def register_quantizer(
     name: str,  # that configurations, comparisons and the command line will use; refused where it is taken
