@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from bavq.core.config import RunConfig
-from bavq.core.storage import only_writer
+from bavq.core.storage import final_weights, only_writer, read_weights
 from bavq.training.experiments import first_steps
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -119,7 +119,7 @@ def two_processes(out):
     ]
     with open(f"{out}.log", "w") as log:
         return subprocess.Popen(
-            [*launch, *TRAIN.split(), "--name", "run", "--resume", "--out", str(out)],
+            [*launch, *TRAIN.split(), "--name", "run", *["--resume"] * out.exists(), "--out", str(out)],
             env=ENV,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -140,10 +140,10 @@ def test_several_processes_stop_together_and_go_on(tmp_path):
     assert (
         process.wait(300) != 0
         and "goes on from there" in (tmp_path / "cut.log").read_text()
-        and not (cut / "final_model.pt").exists()
+        and not final_weights(cut)
     )
     assert two_processes(tmp_path / "cut").wait(300) == 0
-    whole, resumed = (torch.load(f / "final_model.pt") for f in (tmp_path / "whole" / "run", cut))
+    whole, resumed = (read_weights(final_weights(f)) for f in (tmp_path / "whole" / "run", cut))
     assert all(torch.equal(whole[k], resumed[k]) for k in whole)
 
 

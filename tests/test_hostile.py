@@ -25,8 +25,9 @@ from bavq.evaluation.reports import load_weights, weights_from
 from bavq.models.maskgit import load_prior, make_prior
 from bavq.quantizers.base import make_quantizer
 from bavq.training.checkpoints import load_model
-from bavq.training.data import load_images, read_arrays, read_image
+from bavq.training.data import load_images, read_image
 from bavq.training.experiments import run
+from bavq.training.images import read_arrays
 from bavq.training.prior_training import extract_codes
 
 SOURCES = sorted(Path(bavq.__file__).parent.glob("*.py"))
@@ -115,6 +116,7 @@ LOADERS = {
     "weights for evaluation": lambda: load_weights(trap(Path("w.pt"))),
     "weights of a judge": lambda: enter(weights_from(str(trap(Path("w.pt"))), "https://x/w.pth", ("", ""))),
     "final model of a run": lambda: load_model(a_trap_in_a_run("final_model.pt")),
+    "final safetensors of a run": lambda: load_model(a_trap_in_a_run("final_model.safetensors")),
     "newest checkpoint of a run": lambda: load_model(a_trap_in_a_run("checkpoint_epoch1.pt")),
     "a prior": lambda: load_prior(a_trap_in_a_prior()),
     "codes of a run": lambda: (a_trap_in_the_codes(), extract_codes("run")),
@@ -323,7 +325,7 @@ def test_a_bomb_is_refused_before_it_fills_the_memory(bomb, here):
 
 def test_an_archive_of_arrays_says_how_large_it_becomes(here, monkeypatch):
     "Sizes are in the archive's table, and are looked at before anything is unpacked."
-    monkeypatch.setattr("bavq.training.data.MEMORY_LIMIT", 2**24)
+    monkeypatch.setattr("bavq.training.images.MEMORY_LIMIT", 2**24)
     zipped(here / "x.npz", "train.npy", 2**26)
     with pytest.raises(BavqError, match="would fill the memory"):
         read_arrays(here / "x.npz")

@@ -39,7 +39,7 @@ def check_images(
     require(
         x.is_floating_point(),
         f"images are {x.dtype}: "
-        "give floats in [-1, 1], as bavq.training.data.normalize makes them from uint8")
+        "give floats in [-1, 1], as bavq.training.images.normalize makes them from uint8")
     require(x.shape[0] > 0, "the batch holds no image: give at least one")
     require(
         x.shape[1] == channels,
