@@ -28,21 +28,22 @@ from bavq.reference import (
     train_epoch,
     validate,
 )
-from bavq.training import data as image_sets
 from bavq.training.checkpoints import load_model
+from bavq.training.data import load_images
+from bavq.training.images import DATASETS
 
 
 @pytest.fixture
 def cifar10(monkeypatch):
     "A few photographs under the name of CIFAR-10, which cannot be downloaded everywhere."
-    photos = image_sets.load_images("photos")
+    photos = load_images("photos")
     few = photos._replace(
         train=photos.train[:512],
         train_labels=photos.train_labels[:512],
         test=photos.test[:64],
         test_labels=photos.test_labels[:64],
     )
-    monkeypatch.setitem(image_sets.DATASETS._found, "cifar10", lambda: few)
+    monkeypatch.setitem(DATASETS._found, "cifar10", lambda: few)
 
 
 @pytest.fixture
