@@ -375,7 +375,8 @@ class Lab:
             lab_quick(self.codebook_size, self.steps, self.commitment_cost, self.seeds or 3, self.out)
             return
         seeds = self.seeds or 10
-        lab_studies(self.codebook_size, self.steps, self.commitment_cost, seeds, out=self.out, figures=self.out)
+        K, weight = self.codebook_size, self.commitment_cost
+        lab_studies(K, self.steps, weight, seeds, out=self.out, figures=self.out)
 
 # %% ../nbs/appendix/01_cli.ipynb #75ef5960
 def _arguments(make):

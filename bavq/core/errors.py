@@ -179,7 +179,8 @@ def unknown_argument(
     near = difflib.get_close_matches(name, known, n=1)
     guess = f"did you mean {near[0]}? " if near else ""
     takes = ", ".join(near + [k for k in known if k not in near])
-    return CallError(f"{what} does not take {brief(name)[1:-1]}: {guess}it takes {takes or 'nothing by name'}")
+    no = f"{what} does not take {brief(name)[1:-1]}"
+    return CallError(f"{no}: {guess}it takes {takes or 'nothing by name'}")
 
 # %% ../../nbs/0_core/01_errors.ipynb #e7da5dab
 def _passes_on(signature: inspect.Signature) -> bool:

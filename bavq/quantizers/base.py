@@ -389,7 +389,7 @@ class QuantizerVerbs(LearningHooks):
     def decode(self, indices: Tensor) -> Tensor: return codes_at(self, indices)
 
     def _load_from_state_dict(self, state_dict, prefix, *more):
-        was_set = self.initialised
+        was_set = self.initialised.clone()
         brought = brings_codes(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *more)
         record_loading(self, was_set, brought, f"{prefix}initialised" in state_dict)
@@ -650,8 +650,13 @@ def initialise(
     else:
         set_first_codes(q, x)
 
+# %% ../../nbs/2_quantizers/01_base.ipynb #97598418
+def is_module_class(thing: Any) -> bool:
+    "Is it a class of modules, which may be made from a name in a configuration?"
+    return isinstance(thing, type) and issubclass(thing, nn.Module)
+
 # %% ../../nbs/2_quantizers/01_base.ipynb #bca37685
-QUANTIZERS = Registry("quantizer", "bavq.quantizers")
+QUANTIZERS = Registry("quantizer", "bavq.quantizers", is_module_class, "a subclass of torch.nn.Module")
 
 def register_quantizer(
     name: str,  # that configurations, comparisons and the command line will use; refused where it is taken
@@ -668,31 +673,37 @@ def write_parameter(
 ) -> None:
     "Write a parameter in place, also one that FSDP2 has split over processes."
     parameter = q.get_parameter(name)
-    split = hasattr(parameter, "placements")
-    if not split and getattr(q, "_is_fsdp_managed_module", False):
-        holder = sharding_module(q)
-        holder.reshard()
-        write_parameter(q, name, codes)
-        holder.unshard()
-    elif split:
-        from torch.distributed.tensor import DTensor, distribute_tensor
-        assert isinstance(parameter, DTensor)
-        parts = distribute_tensor(codes.to(parameter.dtype), parameter.device_mesh, parameter.placements)
-        parameter.copy_(parts)
-    else:
-        parameter.copy_(codes)
+    if hasattr(parameter, "placements"):   # outside a forward pass of FSDP2
+        write_part(parameter, codes)
+        return
+    parameter.copy_(codes)
+    if getattr(q, "_is_fsdp_managed_module", False):
+        write_part(split_parameter(q, name), codes)
+
+def write_part(
+    parameter: Any,  # a DTensor [K, D]
+    codes: Tensor,   # [K, D]
+) -> None:
+    "Write this process's part of a parameter that is split."
+    from torch.distributed.tensor import distribute_tensor
+    codes = codes.to(parameter.dtype)
+    parameter.copy_(distribute_tensor(codes, parameter.device_mesh, parameter.placements))
 
 # %% ../../nbs/2_quantizers/01_base.ipynb #d759267c
-def sharding_module(q: nn.Module) -> Any:
-    "The innermost module around q that FSDP2 has split, or a `BavqError` where this PyTorch does not tell."
+def split_parameter(q: nn.Module, name: str) -> Any:
+    "What FSDP2 keeps of a parameter between passes; a `BavqError` where this PyTorch does not tell."
     try:
         from torch.distributed._composable_state import _module_state_mapping
-        from torch.distributed.fsdp import FSDPModule
-    except ImportError:
-        raise BavqError("this PyTorch does not tell how fully_shard has split the codes: "
-                        "set them before, with set_codes or one batch in training mode") from None
-    around = [m for m in list(_module_state_mapping) if isinstance(m, FSDPModule) and q in m.modules()]
-    return min(around, key=lambda m: sum(1 for _ in m.modules()))
+        states = [state for state in (ref() for ref in list(_module_state_mapping.values())) if state]
+        for state in states:
+            for group in getattr(state, "_fsdp_param_groups", ()):
+                for kept in group.fsdp_params:
+                    if kept._module_info.module is q and kept._module_info.param_name == name:
+                        return kept.sharded_param
+    except (ImportError, AttributeError):
+        pass
+    raise BavqError("this PyTorch does not tell how fully_shard has split the codes: "
+                    "set them before it, with set_codes or one batch in training mode")
 
 # %% ../../nbs/2_quantizers/01_base.ipynb #54944070
 @register_quantizer("vq")

@@ -103,10 +103,11 @@ def spread_places(
 ) -> Tensor:            # [n] int64, from 0 to total-1
     "A random place in each n-th part of the rows, in random order: none twice, where there are n rows."
     part = torch.randperm(n, device=total.device)
-    low = part * total // n
-    width = ((part + 1) * total // n - low).clamp_min(1)
-    within = (torch.rand(n, device=total.device) * width).long()
-    return low + torch.minimum(within, width - 1)
+    first = part * total // n
+    width = ((part + 1) * total // n - first).clamp_min(1)
+    within = torch.minimum((torch.rand(n, device=total.device) * width).long(), width - 1)
+    turn = (torch.rand((), device=total.device) * total).long()   # else rows of small parts came more often
+    return (first + within + turn) % total.clamp_min(1)
 
 # %% ../../nbs/2_quantizers/03_codebook.ipynb #7a068e2e
 def sample_rows(
