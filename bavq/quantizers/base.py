@@ -584,7 +584,8 @@ def remember(
     if x.grad_fn is None:
         passes.without.append(kept)
     else:
-        x.grad_fn.metadata[kept] = kept
+        metadata: Any = x.grad_fn.metadata
+        metadata[kept] = kept
         passes.with_graph.add(kept)
 
 # %% ../../nbs/2_quantizers/01_base.ipynb #20864b38
