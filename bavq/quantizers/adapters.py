@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from ..core.errors import BavqError, require
-from .base import (Quantized, Quantizer, from_rows, full_precision, latent_rows, quantize,
+from .base import (Quantized, Quantizer, full_precision, latent_rows, like_latents, quantize,
                                   register_quantizer, usage_metrics)
 from .vq_ema import VQEMAQuantizer
 
@@ -63,11 +63,11 @@ def peer_step(
 ) -> Quantized:
     "One training step of the library: its codes, loss, gradient and update; our measurements."
     with full_precision(z):
-        x = latent_rows(q, z)
+        x = latent_rows(q, z).to(q.codebook.dtype)
         z_q, index, loss = (v.squeeze(0) for v in q.vq(x[None]))
         q.initialised.fill_(True)
         metrics = usage_metrics(index, q.num_embeddings, z.shape)
-        return Quantized(from_rows(z_q, z.shape), dict(commitment_loss=loss), metrics)
+        return Quantized(like_latents(z_q, z), dict(commitment_loss=loss), metrics)
 
 # %% ../../nbs/2_quantizers/10_adapters.ipynb #b08bb6be
 def sequence_rows(
