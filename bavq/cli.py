@@ -6,24 +6,20 @@
 from __future__ import annotations
 import argparse
 import contextlib
+import difflib
 import io
 import json
 import os
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union
-import torch
 import tyro
-from .core.config import RunConfig, check_config, run_name
-from .core.errors import BavqError, choose, needs, require
-from .core.storage import write_json
-from .models.vqvae2 import build_model
-from .core.presets import PRESETS, read_config, study_configs
-from .training.experiments import load_results, only_process, run
-from .training.sweeps import Ray, cores, sweep
-from .core.config import PriorConfig
-from .training.prior_training import save_samples, train_prior
+from tyro.conf import Positional, arg
+from .core.config import PriorConfig, RunConfig, check_config, run_name
+from .core.errors import BavqError, brief, choose, needs, nearest_first, require
+from .core.presets import PRESETS, check_data_name, check_known, check_names, read_config, study_configs
+
 
 # %% auto #0
 __all__ = ['parse', 'main']
@@ -39,22 +35,28 @@ class Train:
     out: str = "experiments"  # where the run's folder is made
     again = "the same command with --resume goes on"
 
+    def check(self):
+        "What can be seen without torch."
+        check_names(check_config(self.run))
+
     def __call__(self):
+        from bavq.training.experiments import run
         run(self.run, self.out, self.resume)
         if os.environ.get("RANK", "0") == "0":
             print(f"saved in {Path(self.out) / run_name(self.run)}")
 
 # %% ../nbs/appendix/01_cli.ipynb #3cd76d20
+def _quick() -> RunConfig:
+    return PRESETS["quick"].base
+
 @dataclass
 class Compare:
     "Train and compare methods over several seeds: a table and a figure. Run it again, and it goes on."
+    run: RunConfig = field(default_factory=_quick)  # what all runs share
+    config: str = ""          # a YAML file with what all runs share
     preset: str = "quick"     # quick, cpu, gpu or paper
-    data: str = ""            # another data set than the preset's
-    data_root: str = ""       # where torchvision's data sets lie
     quantizers: tuple[str, ...] = ()      # other methods than the preset's
     codebook_sizes: tuple[int, ...] = ()  # others than the preset's
-    epochs: int = 0           # another number than the preset's
-    train_size: int = -1      # another number of training images than the preset's; 0: all
     seeds: int = 0            # another number than the preset's
     jobs: int = 0             # runs at a time; 0: one a core, or one where there is a GPU
     engine: Literal["local", "ray"] = "local"  # processes of this machine, or a Ray cluster
@@ -64,32 +66,48 @@ class Compare:
     record: str = ""          # folder for the record of each run
     again = "the same command goes on"
 
+    def check(self):
+        "What can be seen without torch: every run of the study."
+        require(self.jobs >= 0, f"jobs is {self.jobs}: give at least 1, or 0 for one a core")
+        for c in study_configs(chosen_study(self)):
+            check_names(check_config(c))
+
     def __call__(self):
         compare(self)
 
 # %% ../nbs/appendix/01_cli.ipynb #355a7de6
-def _chosen_study(o):
-    "The preset, with what the options change of it."
-    study = choose(o.preset, PRESETS, "preset")
-    base = {k: getattr(o, k) for k in ("data", "data_root", "epochs") if getattr(o, k)}
-    if o.train_size != -1:
-        base["train_size"] = o.train_size
-    arms = {k: getattr(o, k) for k in ("quantizers", "codebook_sizes", "seeds") if getattr(o, k)}
-    return study._replace(base=replace(study.base, **base), **arms)
+_SET_BY_COMPARE = dict(
+    quantizer="--quantizers", codebook_size="--codebook-sizes", seed="--seeds, a number",
+    name="none: every run is named by its configuration")
 
-def _checked_configs(study, own_data):
+def chosen_study(
+    o: Compare,  # its options
+) -> Any:        # the study
+    "The preset's study, with what the options change of it; a `BavqError` for an option of a single run."
+    study = choose(o.preset, PRESETS, "preset")
+    for name, instead in _SET_BY_COMPARE.items():
+        same = getattr(o.run, name) == getattr(study.base, name)
+        require(same, f"compare takes no {name}, which differs from run to run: give {instead}")
+    arms = {k: getattr(o, k) for k in ("quantizers", "codebook_sizes", "seeds") if getattr(o, k)}
+    return study._replace(base=o.run, **arms)
+
+# %% ../nbs/appendix/01_cli.ipynb #e2b3f67c
+def _checked_configs(study, is_preset):
     "The configurations of a study; what cannot be is said once, and not by every run."
+    from bavq.models.vqvae2 import build_model
     from bavq.training.data import get_dataloaders
     b = study.base
-    if own_data:
+    if not is_preset:
         get_dataloaders(b.data, b.batch_size, b.data_root, train_size=b.train_size, image_size=b.image_size)
     configs = study_configs(study)
     for c in configs[: len(study.quantizers)]:
-        build_model(check_config(c))
+        build_model(c)
     return configs
 
 def _jobs_and_engine(o, runs):
     "How many runs at a time, and where."
+    import torch
+    from bavq.training.sweeps import Ray, cores
     if o.engine == "ray":
         return o.jobs or 1, Ray(cpus=o.cpus, gpus=o.gpus)
     alone = torch.accelerator.is_available()
@@ -105,7 +123,9 @@ def _write_comparison(folder, result):
     needs("pandas", extra="eval")
     import pandas as pd
     from bavq.comparison.compare import compare_figure
+    from bavq.core.storage import write_json
     from bavq.evaluation.summaries import METRICS, groups, summarise
+    from bavq.training.experiments import load_results
     df = pd.concat([load_results(folder / name) for name in result.metrics], ignore_index=True)
     summary = summarise(df)
     runs = df[["run", *groups(df), "method", "seed", *METRICS]]
@@ -121,8 +141,9 @@ def compare(
     "Sweep, summarise, draw, print."
     needs("pandas", extra="eval")
     needs("matplotlib", extra="plots")
-    study = _chosen_study(o)
-    configs = _checked_configs(study, bool(o.data))
+    from bavq.training.sweeps import sweep
+    study = chosen_study(o)
+    configs = _checked_configs(study, study.base == PRESETS[o.preset].base)
     folder = Path(o.out) / f"compare-{o.preset}"
     jobs, engine = _jobs_and_engine(o, len(configs))
     result = sweep(configs, folder, o.record or None, jobs, engine=engine)
@@ -139,19 +160,30 @@ def print_tables(
     summary: Any,              # of `summarise`
     baseline: str = "vq_ema",  # that it was made with
 ) -> None:
-    "Both tables of a summary, as text."
-    from bavq.evaluation.summaries import tables
+    "Both tables of a summary, as text of at most 100 columns."
+    from bavq.evaluation.summaries import table_as_text, tables
+    names = tuple(summary.columns[: list(summary.columns).index("method") + 1])
     means, differences = tables(summary)
-    print(f"\nmean ± half-width of its 95 % interval\n{means.to_string(index=False)}")
+    print(f"\nmean ± half-width of its 95 % interval\n{table_as_text(means, names)}")
     if len(differences):
         print(f"\ndifference to {baseline} over pairs of one seed, 95 % interval, p of no difference")
-        print(differences.to_string(index=False))
+        print(table_as_text(differences, names))
+
+# %% ../nbs/appendix/01_cli.ipynb #804c27b5
+def must_exist(
+    **paths: Any,  # what it is: a path, or several; empty: not given
+) -> None:
+    "A `BavqError` for the first path that leads nowhere."
+    for what, given in paths.items():
+        for path in [given] if isinstance(given, str) else given:
+            found = not path or Path(path).expanduser().exists()
+            require(found, f"there is no {what} {path}: check the path")
 
 # %% ../nbs/appendix/01_cli.ipynb #04eede3f
 @dataclass
 class Evaluate:
     "Everything that trained models can be asked, in one table."
-    runs: tyro.conf.Positional[tuple[str, ...]]  # run folders, folders of runs, or files of weights
+    runs: Annotated[tuple[str, ...], Positional, arg(metavar="RUNS")]  # folders of runs, or files of weights
     data: str = ""        # another data set than the runs' own
     data_root: str = ""   # where torchvision's data sets lie
     judges: tuple[str, ...] = ("inception", "lpips", "own")  # networks that judge images; give "" for none
@@ -160,10 +192,17 @@ class Evaluate:
     baseline: str = ""    # run that the others are compared with; empty: the first
     out: str = ""         # folder for evaluation.json and a figure of each run; empty: only print
 
-    def __call__(self):
-        from bavq.evaluation.reports import report
+    def check(self):
+        "What can be seen without torch."
         cure = "name run folders, folders of runs, or files of weights"
         require(bool(self.runs), f"no runs are given: {cure}")
+        must_exist(run=self.runs)
+        if self.data:
+            check_data_name(self.data)
+
+    def __call__(self):
+        import torch
+        from bavq.evaluation.reports import report
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
         report(
             self.runs,
@@ -187,12 +226,18 @@ def _unfinished_runs(folder):
 @dataclass
 class Summarise:
     "Tables of all finished runs under a folder."
-    folder: tyro.conf.Positional[str] = "experiments"  # of runs, or of records
+    folder: Annotated[str, Positional, arg(metavar="FOLDER")] = "experiments"  # of runs, or of records
     baseline: str = "vq_ema"     # the method that the others are compared with
+
+    def check(self):
+        "What can be seen without torch."
+        if not Path(f"{self.folder}.jsonl").exists():
+            must_exist(folder=self.folder)
 
     def __call__(self):
         needs("pandas", extra="eval")
         from bavq.evaluation.summaries import summarise
+        from bavq.training.experiments import load_results
         df = load_results(self.folder)
         print_tables(summarise(df, self.baseline), self.baseline)
         methods = set(df["method"])
@@ -204,29 +249,45 @@ class Summarise:
             print(f"\nnot finished: {', '.join(partial)}")
 
 # %% ../nbs/appendix/01_cli.ipynb #09271371
+@dataclass(frozen=True)
+class PriorOptions(PriorConfig):
+    "What the prior is; the width has the name that it has in `train`."
+    channels: Annotated[int, arg(name="hidden-channels", aliases=["--channels"])] = 64  # a multiple of 16
+
 @dataclass
 class PriorTrain:
     "Train a model of a run's codes; what an image really costs, in bits a code."
-    run: tyro.conf.Positional[str]  # folder of a trained autoencoder
-    prior: PriorConfig = field(default_factory=PriorConfig)
+    run: Annotated[str, Positional, arg(metavar="RUN")]  # folder of a trained autoencoder
+    prior: PriorOptions = field(default_factory=PriorOptions)
     resume: bool = False  # go on with what is there
     data_root: str = ""   # where torchvision's data sets lie; empty: where the run found them
     again = Train.again
 
+    def check(self):
+        "What can be seen without torch."
+        must_exist(run=self.run)
+
     def __call__(self):
-        print(json.dumps(train_prior(self.run, self.prior, self.resume, self.data_root), indent=1))
+        from bavq.training.prior_training import train_prior
+        config = PriorConfig(**vars(self.prior))
+        print(json.dumps(train_prior(self.run, config, self.resume, self.data_root), indent=1))
 
 # %% ../nbs/appendix/01_cli.ipynb #87ffdf67
 @dataclass
 class PriorSample:
     "Draw new images: a picture with samples of every class beside test images."
-    folder: tyro.conf.Positional[str]  # of a trained prior, in priors/ of its run
+    folder: Annotated[str, Positional, arg(metavar="PRIOR")]  # of a trained prior, in priors/ of its run
     out: str = ""             # a PNG; empty: samples.png in the prior's folder
     n: int = 8                # images of each class
     seed: int = 0             # of the samples
     temperature: float = 1.0  # below 1: likelier codes
 
+    def check(self):
+        "What can be seen without torch."
+        must_exist(prior=self.folder)
+
     def __call__(self):
+        from bavq.training.prior_training import save_samples
         written = save_samples(self.folder, self.out, self.n, self.seed, temperature=self.temperature)
         print(f"written to {written}")
 
@@ -246,6 +307,10 @@ class Prior:
         "What to do after a stop, as everywhere."
         return getattr(self.verb, "again", "")
 
+    def check(self):
+        "What can be seen without torch."
+        self.verb.check()
+
     def __call__(self):
         self.verb()
 
@@ -253,58 +318,104 @@ class Prior:
 @dataclass
 class Compress:
     "Write every image of a folder as a small file of a run's codes."
-    run: tyro.conf.Positional[str]     # folder of a trained autoencoder
-    folder: tyro.conf.Positional[str]  # with images
-    out: tyro.conf.Positional[str]     # folder for the files
+    run: Annotated[str, Positional, arg(metavar="RUN")]        # folder of a trained autoencoder
+    folder: Annotated[str, Positional, arg(metavar="IMAGES")]  # folder with images
+    out: Annotated[str, Positional, arg(metavar="OUT")]        # folder for the files
     prior: str = ""   # folder of a trained prior; empty: none
-    coding: str = ""  # uniform, marginal or prior; empty: the best there is
-    again = "remove what is written, or give another folder, and start again"
+    coding: str = ""  # uniform, marginal or prior; empty: of each image the shortest
+    skip_bad: bool = False  # leave out images that cannot be read, and name them
+    again = "the same command goes on"
+
+    def check(self):
+        "What can be seen without torch."
+        must_exist(run=self.run, folder=self.folder, prior=self.prior)
 
     def __call__(self):
         from bavq.evaluation.compression import compress_folder
-        compress_folder(self.run, self.folder, self.out, self.prior, self.coding)
+        compress_folder(self.run, self.folder, self.out, self.prior, self.coding, self.skip_bad)
 
 # %% ../nbs/appendix/01_cli.ipynb #c2727b6d
 @dataclass
 class Decompress:
     "Turn files of `compress` back into images."
-    run: tyro.conf.Positional[str]     # the same run
-    folder: tyro.conf.Positional[str]  # with the files
-    out: tyro.conf.Positional[str]     # folder for PNG files
+    run: Annotated[str, Positional, arg(metavar="RUN")]       # the same run
+    folder: Annotated[str, Positional, arg(metavar="FILES")]  # folder with the files
+    out: Annotated[str, Positional, arg(metavar="OUT")]       # folder for PNG files
     prior: str = ""   # the same prior
-    again = Compress.again
+    skip_bad: bool = False  # leave out files that are damaged or of another model, and name them
+    again = "remove what is written, or give another folder, and start again"
+
+    def check(self):
+        "What can be seen without torch."
+        must_exist(run=self.run, folder=self.folder, prior=self.prior)
 
     def __call__(self):
         from bavq.evaluation.compression import decompress_folder
-        decompress_folder(self.run, self.folder, self.out, self.prior)
+        decompress_folder(self.run, self.folder, self.out, self.prior, self.skip_bad)
 
 # %% ../nbs/appendix/01_cli.ipynb #441462e8
 @dataclass
 class Lab:
     "The linear lab: its quick comparison, or all its studies."
-    what: tyro.conf.Positional[Literal["quick", "studies"]] = "quick"  # half a minute, or about four minutes
-    K: int = 32               # codes
+    what: Annotated[Literal["quick", "studies"], Positional] = "quick"  # half a minute, or about four minutes
+    codebook_size: Annotated[int, arg(aliases=["--K"])] = 32  # K, number of codes
     steps: int = 300          # of a training
-    commitment: float = 0.25  # weight of the commitment loss
+    commitment_cost: Annotated[float, arg(aliases=["--commitment"])] = 0.25  # weight of the commitment loss
     seeds: int = 0            # how many; 0: 3 for quick, 10 for studies
     out: str = "experiments/linear_lab"  # folder for JSON and PNG files
+
+    def check(self):
+        "What can be seen without torch."
+        require(self.codebook_size >= 2, f"codebook_size is {self.codebook_size}: give at least 2")
 
     def __call__(self):
         needs("pandas", extra="eval")
         from bavq.studies.linear_lab_studies import lab_quick, lab_studies
         if self.what == "quick":
-            lab_quick(self.K, self.steps, self.commitment, self.seeds or 3, self.out)
+            lab_quick(self.codebook_size, self.steps, self.commitment_cost, self.seeds or 3, self.out)
             return
         seeds = self.seeds or 10
-        lab_studies(self.K, self.steps, self.commitment, seeds, out=self.out, figures=self.out)
+        K, weight = self.codebook_size, self.commitment_cost
+        lab_studies(K, self.steps, weight, seeds, out=self.out, figures=self.out)
+
+# %% ../nbs/appendix/01_cli.ipynb #75ef5960
+def _arguments(make):
+    "The options of a quantizer as texts, with what they start from; without K and D."
+    import inspect
+    sizes = ("self", "num_embeddings", "embedding_dim")
+    given = [p for name, p in inspect.signature(make).parameters.items() if name not in sizes]
+    more = ["and those of its base"] * any(p.kind is p.VAR_KEYWORD for p in given)
+    named = [p for p in given if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+    return [p.name if p.default is p.empty else f"{p.name} {p.default}" for p in named] + more
+
+@dataclass
+class Quantizers:
+    "Names of all quantizers, and the options of each with what they start from."
+    name: Annotated[str, Positional, arg(metavar="NAME")] = ""  # only this one
+
+    def check(self):
+        "What can be seen without torch."
+        if self.name:
+            check_known(self.name, "quantizer")
+
+    def __call__(self):
+        print("after --quantizer: a name; after --options: pairs such as decay 0.95")
+        from bavq.quantizers.base import QUANTIZERS
+        chosen = {self.name: QUANTIZERS.find(self.name)} if self.name else dict(sorted(QUANTIZERS.items()))
+        for name, make in chosen.items():
+            about = (make.__doc__ or "").strip().splitlines()[0]
+            print(f"\n{name}: {about}\n    {', '.join(_arguments(make))}")
 
 # %% ../nbs/appendix/01_cli.ipynb #6e106b45
 def _named_options(args):
-    "What `--preset` and `--config` of `train` say, ahead of everything else; empty: not given."
+    "What `--preset` and `--config` say, ahead of everything else; empty: not given."
     known = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     known.add_argument("--preset", nargs="?", default="")
     known.add_argument("--config", nargs="?", default="")
-    return known.parse_known_args(args if args[:1] == ["train"] else [])[0]
+    given = known.parse_known_args(args if args[:1] in (["train"], ["compare"]) else [])[0]
+    if args[:1] == ["compare"] and not given.preset:
+        given.preset = "quick"
+    return given
 
 def _starting_config(given):
     "The configuration of a preset, changed by a file."
@@ -313,19 +424,73 @@ def _starting_config(given):
         base = choose(given.preset, PRESETS, "preset").base
     return read_config(given.config, base) if given.config else base
 
-def _as_subcommand(kind, *default):
+# %% ../nbs/appendix/01_cli.ipynb #ff503c79
+OTHERS = (Evaluate, Summarise, Lab, Quantizers, Prior, Compress, Decompress)
+
+def _as_subcommand(kind, **start):
     "A command of this class, and what it starts from, as tyro takes it."
     name = kind.__name__.lower()
-    if default:
-        return Annotated[kind, tyro.conf.subcommand(name, default=default[0])]
+    if start:
+        return Annotated[kind, tyro.conf.subcommand(name, default=kind(**start))]
     return Annotated[kind, tyro.conf.subcommand(name)]
 
 def _commands(base):
-    "All commands, as tyro takes them; `train` starts from a configuration."
-    defaults = (Train(base), Compare(), Evaluate(tyro.MISSING), Summarise(), Lab())
-    commands = [_as_subcommand(type(d), d) for d in defaults]
-    commands += [_as_subcommand(kind) for kind in (Prior, Compress, Decompress)]
+    "All commands, as tyro takes them; `train` and `compare` start from a configuration."
+    commands = [_as_subcommand(kind, run=base) for kind in (Train, Compare)]
+    commands += [_as_subcommand(kind) for kind in OTHERS]
     return Union[tuple(commands)]
+
+# %% ../nbs/appendix/01_cli.ipynb #3567b6d9
+def _names_of(kind):
+    "The options of a command, without dashes in front; those of a configuration in it too."
+    inner = {Train: RunConfig, Compare: RunConfig, PriorTrain: PriorConfig}.get(kind)
+    own = {f.name for f in fields(kind)} | {f.name for f in fields(inner or kind)}
+    more = {"hidden_channels"} if kind is PriorTrain else set()
+    older = {"K", "commitment"} if kind is Lab else set()
+    return {name.replace("_", "-") for name in own | more | older | {"help"}}
+
+def _command_of(args):
+    "The class of the command that was typed, or None."
+    kinds = {kind.__name__.lower(): kind for kind in (Train, Compare, *OTHERS)}
+    if args[:1] == ["prior"]:
+        return {"train": PriorTrain, "sample": PriorSample}.get((args[1:2] or [""])[0])
+    return kinds.get(args[0]) if args else None
+
+# %% ../nbs/appendix/01_cli.ipynb #e8e4af0b
+def _unknown_option(args, known):
+    "The first word that looks like an option and is none, without dashes, and the word behind it."
+    for word, value in zip(args, [*args[1:], ""]):
+        name = word.removeprefix("--").partition("=")[0].replace("_", "-")
+        if word.startswith("--") and not {name, name.removeprefix("no-")} & known:
+            return word.partition("=")[0], value
+    return "", ""
+
+def advice(
+    args: list[str],  # what was typed
+) -> str:             # a line; empty: the mistake is another
+    "What is wrong with a name among the words, and which name was meant."
+    names = [kind.__name__.lower() for kind in (Train, Compare, *OTHERS)]
+    kind = _command_of(args)
+    if args and args[0] not in names and not args[0].startswith("-"):
+        return f"unknown command {brief(args[0])}: choose one of {', '.join(nearest_first(args[0], names))}"
+    if kind is None:
+        return ""
+    known = _names_of(kind)
+    word, value = _unknown_option(args, known)
+    return _advice_on_option(word, value, kind, known) if word else ""
+
+# %% ../nbs/appendix/01_cli.ipynb #634e4e34
+def _advice_on_option(word, value, kind, known):
+    "The option that was meant, or where such an option belongs."
+    name = word.removeprefix("--").replace("_", "-")
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
+    if near:
+        return f"Unrecognized option {word}: did you mean --{near[0]}? see --help"
+    if kind in (Train, Compare):
+        shown = value if value and not value.startswith("--") else "VALUE"
+        pair = f"--options {name.replace('-', '_')} {shown}"
+        return f"Unrecognized option {word}: see --help; an option of the quantizer is given as {pair}"
+    return f"Unrecognized option {word}: see --help"
 
 # %% ../nbs/appendix/01_cli.ipynb #abd53b43
 def parse(
@@ -343,8 +508,8 @@ def parse(
     except SystemExit as e:
         if not e.code:
             raise
-        raise BavqError(one_line(said.getvalue())) from None
-    if not isinstance(command, Train):
+        raise BavqError(advice(args) or one_line(said.getvalue())) from None
+    if not isinstance(command, (Train, Compare)):
         return command
     return replace(command, run=replace(command.run, options=options | command.run.options))
 
@@ -366,6 +531,12 @@ def _say(line):
     "One line for the user, where errors go."
     print(f"bavq: {line}", file=sys.stderr)
 
+def _only_process(what):
+    "Refuse what several processes would do several times over."
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        from bavq.training.experiments import only_process
+        only_process(what)
+
 # %% ../nbs/appendix/01_cli.ipynb #59af5f65
 def main(
     args: list[str] | None = None,  # what was typed after `bavq`; None: this process's own
@@ -375,8 +546,9 @@ def main(
     command = None
     try:
         command = parse([a for a in args if a != "--debug"] or ["--help"])
+        command.check()
         if not isinstance(command, Train):
-            only_process(type(command).__name__.lower())
+            _only_process(type(command).__name__.lower())
         command()
     except BrokenPipeError:
         _discard_output()

@@ -54,7 +54,8 @@ def part(name, n):
     import torch
 
     torch.set_num_threads(1)
-    from bavq.evaluation.evaluate import Judges, evaluate
+    from bavq.evaluation.evaluate import evaluate
+    from bavq.evaluation.scores import Judges
     from bavq.evaluation.reports import train_eyes
 
     if name == "libraries":

@@ -37,7 +37,8 @@ from torchvision import datasets, transforms
 from bavq.core.config import RunConfig
 from bavq.core.distributed import set_seed
 from bavq.core.storage import write_json
-from bavq.training.data import PHOTOS, get_dataloaders, photo_path
+from bavq.training.data import get_dataloaders
+from bavq.training.images import PHOTOS, photo_path
 from bavq.training.sweeps import cores
 from bavq.quantizers.base import (
     Quantized,

@@ -19,9 +19,10 @@ from bavq.core.config import PriorConfig, RunConfig, check_config, require_same,
 from bavq.core.distributed import get_rng_state, set_rng_state
 from bavq.core.errors import BavqError, DiskError
 from bavq.core.plots import cell_borders
-from bavq.core.storage import newest_checkpoint
-from bavq.evaluation.evaluate import evaluate, operating_point
+from bavq.core.storage import newest_checkpoint, read_weights, write_final_weights
+from bavq.evaluation.evaluate import evaluate
 from bavq.evaluation.reports import load_weights, report
+from bavq.evaluation.scores import operating_point
 from bavq.evaluation.summaries import summarise
 from bavq.models.maskgit import make_prior
 from bavq.models.networks import Decoder
@@ -33,6 +34,7 @@ from bavq.theory.metrics import LossMeter, compute_entropy_bits
 from bavq.theory.rate_distortion import blahut_arimoto, blahut_arimoto_codebook
 from bavq.theory.statistics import minimum_detectable_effect, paired_difference, permutation_p
 from bavq.training import data
+from bavq.training import images as image_sets
 from bavq.training.checkpoints import load_model, save_checkpoint
 from bavq.training.experiments import run
 from bavq.training.loop import fit, make_accelerator, prepare
@@ -80,11 +82,12 @@ def test_a_cache_is_read_where_it_cannot_be_written_and_built_once(tmp_path, mon
 
     with monkeypatch.context() as m, warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        m.setattr(data, "atomic_write", full)
-        assert data.cached("a", 1, build)["x"].tolist() == [0, 1, 2] and len(built) == 1 and len(said) == 1
-    data.cached("a", 1, build)
+        m.setattr(image_sets, "atomic_write", full)
+        assert image_sets.cached("a", 1, build)["x"].tolist() == [0, 1, 2]
+        assert len(built) == 1 and len(said) == 1
+    image_sets.cached("a", 1, build)
     monkeypatch.setattr("filelock.FileLock", full)
-    assert data.cached("a", 1, build)["x"].tolist() == [0, 1, 2] and len(built) == 2
+    assert image_sets.cached("a", 1, build)["x"].tolist() == [0, 1, 2] and len(built) == 2
 
 
 def test_a_folder_beyond_the_default_limit(tmp_path, monkeypatch):
@@ -242,11 +245,13 @@ def test_loading_draws_nothing(tmp_path):
         load_model,
         lambda folder: load_weights(folder / "final_model.pt"),
         lambda folder: load_weights(shutil.copy(folder / "final_model.pt", tmp_path)),
+        lambda folder: load_weights(folder / "final_model.safetensors"),
+        lambda folder: load_weights(shutil.copy(folder / "final_model.safetensors", tmp_path)),
     ):
         torch.manual_seed(7)
         load(tmp_path / "run")
         assert torch.equal(torch.rand(1), before)
-    torch.save(dict(x=torch.zeros(1)), tmp_path / "run" / "final_model.pt")
+    write_final_weights(tmp_path / "run", dict(x=torch.zeros(1)), {})
     with pytest.raises(BavqError, match="of another version"):
         load_model(tmp_path / "run")
 
@@ -358,8 +363,9 @@ def test_classes_that_training_images_lack(tmp_path, monkeypatch):
         "run", PriorConfig(kind="pixelcnn", channels=16, layers=1, epochs=1, batch_size=8), progress=False
     )
     assert extract_codes("run").num_classes == 3 and save_samples("run/priors/pixelcnn", n=4).exists()
-    state = torch.load("run/final_model.pt")
-    torch.save({k: v + 1 if v.is_floating_point() else v for k, v in state.items()}, "run/final_model.pt")
+    state = read_weights("run/final_model.safetensors")
+    changed = {k: v + 1 if v.is_floating_point() else v for k, v in state.items()}
+    write_final_weights(Path("run"), changed, {})
     with pytest.raises(BavqError, match="of other codes"):
         save_samples("run/priors/pixelcnn", n=1)
 

@@ -28,6 +28,7 @@ from bavq.core.errors import BavqError, DiskError
 from bavq.core.storage import (
     Interrupted,
     checkpoints,
+    final_weights,
     newest_checkpoint,
     read_history,
     read_weights,
@@ -96,6 +97,7 @@ def undisturbed(train, folder):
         same(newest_checkpoint(folder), newest_checkpoint(Path("whole")))
         and same(read_history(folder), read_history("whole"))
         and same(read_weights(folder / "final_model.pt"), read_weights("whole/final_model.pt"))
+        and same(read_weights(final_weights(folder)), read_weights(final_weights("whole")))
     )
 
 
@@ -270,7 +272,8 @@ def test_a_folder_that_cannot_be_written(monkeypatch, here):
     def refuse(*_, **__):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(bavq.core.storage.tempfile, "mkstemp", refuse)
+    inner = os.open
+    monkeypatch.setattr(os, "open", lambda path, flags, *a: (refuse if flags & os.O_EXCL else inner)(path, flags, *a))
     with pytest.raises(DiskError, match="Permission denied"):
         run(TINY, here, progress=False)
     assert not list(Path("run").glob("c*"))

@@ -25,8 +25,9 @@ from bavq.evaluation.reports import load_weights, weights_from
 from bavq.models.maskgit import load_prior, make_prior
 from bavq.quantizers.base import make_quantizer
 from bavq.training.checkpoints import load_model
-from bavq.training.data import load_images, read_arrays, read_image
+from bavq.training.data import load_images, read_image
 from bavq.training.experiments import run
+from bavq.training.images import read_arrays
 from bavq.training.prior_training import extract_codes
 
 SOURCES = sorted(Path(bavq.__file__).parent.glob("*.py"))
@@ -115,6 +116,7 @@ LOADERS = {
     "weights for evaluation": lambda: load_weights(trap(Path("w.pt"))),
     "weights of a judge": lambda: enter(weights_from(str(trap(Path("w.pt"))), "https://x/w.pth", ("", ""))),
     "final model of a run": lambda: load_model(a_trap_in_a_run("final_model.pt")),
+    "final safetensors of a run": lambda: load_model(a_trap_in_a_run("final_model.safetensors")),
     "newest checkpoint of a run": lambda: load_model(a_trap_in_a_run("checkpoint_epoch1.pt")),
     "a prior": lambda: load_prior(a_trap_in_a_prior()),
     "codes of a run": lambda: (a_trap_in_the_codes(), extract_codes("run")),
@@ -202,6 +204,64 @@ def test_names_in_a_configuration_are_looked_up_and_never_evaluated(text):
         make_quantizer("vq", 8, 4, init=text)
     with pytest.raises(BavqError):
         check_config(config_from_dict({"precision": text}))
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["math:gcd", "os:kill", "os:getpgid", "subprocess:Popen", "builtins:print", "builtins:eval", "shutil:move",
+     "torch:save", "bavq.core.storage:write_json", "os:environ", "math:pi"],
+)
+def test_a_path_calls_nothing_but_what_is_meant_for_it(path, here, monkeypatch):
+    "A stranger's configuration, also one in a run's folder, cannot call a function by its name."
+    import importlib
+
+    torch.save({}, here / "empty.pt")
+    called = []
+    module, _, name = path.partition(":")
+    real = getattr(importlib.import_module(module), name)
+    if callable(real) and module != "builtins" and not isinstance(real, type):
+        monkeypatch.setattr(importlib.import_module(module), name, lambda *a, **k: called.append(path))
+    with pytest.raises(BavqError, match="give a subclass of torch.nn.Module, or register it"):
+        make_quantizer(path, 4, 6)
+    with pytest.raises(BavqError, match="give a subclass of torch.nn.Module, or register it"):
+        bavq.VQVAE("vq", codebook_size=4, embedding_dim=4, network=path)
+    with pytest.raises(BavqError, match="annotated to return ImageData, or register it"):
+        load_images(path)
+    for field in ("quantizer", "network"):
+        folder = here / field
+        write_json(folder / "config.json", asdict(RunConfig(name=field, codebook_size=4)) | {field: path})
+        shutil.copy(here / "empty.pt", folder / "final_model.pt")
+        with pytest.raises(BavqError):
+            load_model(folder)
+    assert called == []
+
+
+def test_what_is_meant_for_it_is_called(here, monkeypatch):
+    "A subclass of nn.Module by its path; a function by its annotation; anything that its module registers."
+    monkeypatch.syspath_prepend(str(here))
+    (here / "plugin_of_mine.py").write_text(PLUGIN)
+    assert type(make_quantizer("plugin_of_mine:Mine", 4, 6)).__name__ == "Mine"
+    assert make_quantizer("plugin_of_mine:half", 8, 6).num_embeddings == 4
+    assert load_images("plugin_of_mine:grey").name == "grey"
+
+
+PLUGIN = """
+import torch
+from bavq.quantizers.base import VectorQuantizer, register_quantizer
+from bavq.training.images import ImageData
+
+class Mine(VectorQuantizer):
+    pass
+
+@register_quantizer("half_of_mine")
+def half(num_embeddings, embedding_dim):
+    return VectorQuantizer(num_embeddings // 2, embedding_dim)
+
+def grey() -> ImageData:
+    images = torch.zeros(8, 1, 32, 32, dtype=torch.uint8)
+    labels = torch.zeros(8, dtype=torch.int64)
+    return ImageData(images, labels, images, labels, "grey", ("grey",))
+"""
 
 
 @pytest.mark.parametrize(
@@ -323,7 +383,7 @@ def test_a_bomb_is_refused_before_it_fills_the_memory(bomb, here):
 
 def test_an_archive_of_arrays_says_how_large_it_becomes(here, monkeypatch):
     "Sizes are in the archive's table, and are looked at before anything is unpacked."
-    monkeypatch.setattr("bavq.training.data.MEMORY_LIMIT", 2**24)
+    monkeypatch.setattr("bavq.training.images.MEMORY_LIMIT", 2**24)
     zipped(here / "x.npz", "train.npy", 2**26)
     with pytest.raises(BavqError, match="would fill the memory"):
         read_arrays(here / "x.npz")

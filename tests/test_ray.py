@@ -10,8 +10,8 @@ import pytest
 
 from bavq.core.config import RunConfig
 from bavq.core.errors import BavqError
-from bavq.training.data import cache_dir
 from bavq.training.experiments import read_records, run
+from bavq.training.images import cache_dir
 from bavq.training.sweeps import Ray, Task, attempt_on_cluster, collect, record_outcome, sweep
 
 ROOT = Path(__file__).resolve().parent.parent

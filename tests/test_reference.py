@@ -7,29 +7,43 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from bavq import reference
 from bavq.core.errors import BavqError
 from bavq.evaluation.reports import load_weights
 from bavq.quantizers.base import nearest_code, squared_distances
 from bavq.quantizers.specified import iterate
-from bavq.reference import (VQVAE, VQVAE2, BAQuantizer, Decoder, Encoder, GumbelVectorQuantizer,
-    ProductQuantizer, VectorQuantizer, VQEMAQuantizer, VQVAETrainer, get_dataloaders, train, train_epoch,
-    validate)
-from bavq.theory.metrics import compute_perplexity, compute_psnr, compute_usage_rate
-from bavq.training import data as image_sets
+from bavq.reference import (
+    VQVAE,
+    VQVAE2,
+    BAQuantizer,
+    Decoder,
+    Encoder,
+    GumbelVectorQuantizer,
+    ProductQuantizer,
+    VectorQuantizer,
+    VQEMAQuantizer,
+    VQVAETrainer,
+    get_dataloaders,
+    train,
+    train_epoch,
+    validate,
+)
 from bavq.training.checkpoints import load_model
+from bavq.training.data import load_images
+from bavq.training.images import DATASETS
 
 
 @pytest.fixture
 def cifar10(monkeypatch):
     "A few photographs under the name of CIFAR-10, which cannot be downloaded everywhere."
-    photos = image_sets.load_images("photos")
+    photos = load_images("photos")
     few = photos._replace(
         train=photos.train[:512],
         train_labels=photos.train_labels[:512],
         test=photos.test[:64],
         test_labels=photos.test_labels[:64],
     )
-    monkeypatch.setitem(image_sets.DATASETS._found, "cifar10", lambda: few)
+    monkeypatch.setitem(DATASETS._found, "cifar10", lambda: few)
 
 
 @pytest.fixture
@@ -88,10 +102,10 @@ def test_epsilon_is_used():
 
 def test_the_metrics_as_written(x):
     code_indices, num_embeddings = torch.tensor([[0, 1], [2, 3]]), 8
-    assert float(compute_perplexity(code_indices, num_embeddings)) == pytest.approx(4)
-    assert float(compute_usage_rate(code_indices, num_embeddings)) == pytest.approx(0.5)
+    assert float(reference.compute_perplexity(code_indices, num_embeddings)) == pytest.approx(4)
+    assert float(reference.compute_usage_rate(code_indices, num_embeddings)) == pytest.approx(0.5)
     x_recon = (x + 0.02).clamp(-1, 1)
-    assert float(compute_psnr(x, x_recon)) == pytest.approx(40, abs=0.2)
+    assert float(reference.compute_psnr(x, x_recon)) == pytest.approx(40, abs=0.2)
 
 
 def test_the_loop_as_written(cifar10, x):
@@ -338,18 +352,18 @@ def a_tutorial_model():
 
 
 MISTAKES = {
-    "unknown name": (lambda: VQVAE(quantizer_typ="vq_ema"), "choose one of quantizer_type"),
-    "unknown name, tutorial": (lambda: VQVAE(hidden_dim=[8, 16]), "choose one of hidden_dims"),
+    "unknown name": (lambda: VQVAE(quantizer_typ="vq_ema"), "did you mean quantizer_type?"),
+    "unknown name, tutorial": (lambda: VQVAE(hidden_dim=[8, 16]), "did you mean hidden_dims?"),
     "unknown option": (lambda: VQVAE(quantizer_type="vqema"), "choose one of vq_ema"),
     "K as text": (lambda: VQVAE(codebook_size="many"), "codebook_size is 'many': give a whole number"),
     "K of one": (lambda: VQEMAQuantizer(num_embeddings=1), "give at least 2"),
     "decay": (lambda: VQEMAQuantizer(decay=1.5), "decay is 1.5"),
     "epsilon": (lambda: VQEMAQuantizer(epsilon=0), "epsilon is 0"),
     "beta": (lambda: BAQuantizer(beta_start=-1), "beta_start is -1"),
-    "beta misspelt": (lambda: BAQuantizer(beta_strat=0.1), "choose one of beta_start"),
+    "beta misspelt": (lambda: BAQuantizer(beta_strat=0.1), "did you mean beta_start?"),
     "epoch": (lambda: BAQuantizer(8, 4).set_beta(11, 10), "epoch is 11 of 10"),
     "latents": (lambda: VectorQuantizer(8, 4)(torch.randn(2, 5, 4, 4)), "5 channels, the codes 4"),
-    "missing": (lambda: VectorQuantizer(8), "missing a required argument: 'embedding_dim': give"),
+    "missing": (lambda: VectorQuantizer(8), "missing a required argument: 'embedding_dim'"),
     "too many": (lambda: GumbelVectorQuantizer(8, 4, 1.0, True, 1), "too many positional arguments"),
     "flag": (lambda: VectorQuantizer(8, 4, use_ema="yes"), "give True or False"),
     "pieces": (lambda: ProductQuantizer(3, 16, 64, 0.25), "give a multiple of 3"),
@@ -366,12 +380,12 @@ MISTAKES = {
         "give cpu, cuda or mps",
     ),
     "model": (lambda: validate(a_tutorial_model(), [], "cpu"), "VQVAETrainer"),
-    "K mismatch": (lambda: compute_perplexity(torch.tensor([0, 9]), 8), "lie outside 0..7"),
-    "counts for indices": (lambda: compute_usage_rate(torch.tensor([0.5, 0.5]), 2), "give"),
+    "K mismatch": (lambda: reference.compute_perplexity(torch.tensor([0, 9]), 8), "lie outside 0..7"),
+    "counts for indices": (lambda: reference.compute_usage_rate(torch.tensor([0.5, 0.5]), 2), "give"),
     "batch size": (lambda: get_dataloaders(batch_size=0), "batch_size is 0"),
     "data set": (lambda: get_dataloaders(dataset="cifar"), "cifar10"),
     "train a stranger": (lambda: train(a_tutorial_model(), 1, 8, 1e-3, "no", False), "bavq.run"),
-    "train, misspelt": (lambda: train(a_tutorial_model(), epoch=1), "choose one of epochs"),
+    "train, misspelt": (lambda: train(a_tutorial_model(), epoch=1), "did you mean epochs?"),
 }
 
 

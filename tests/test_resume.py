@@ -13,6 +13,7 @@ import torch
 
 from bavq.core.config import RunConfig
 from bavq.core.errors import BavqError
+from bavq.core.storage import read_weights
 from bavq.training.experiments import run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -91,7 +92,7 @@ def test_killed_and_resumed_is_undisturbed(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     run(RunConfig(name="whole", **TINY), tmp_path, progress=False)
     for epochs in (1, 3):
-        process = start(*command("killed", tmp_path), "--resume")
+        process = start(*command("killed", tmp_path), *["--resume"] * killed.exists())
         wait_for(process, killed, epochs)
         with pytest.raises(BavqError, match="another process is training"):
             run(RunConfig(name="killed", **TINY), tmp_path, resume=True, progress=False)
@@ -106,9 +107,9 @@ def test_killed_and_resumed_is_undisturbed(tmp_path):
     assert sorted(p.name for p in whole.iterdir()) == sorted(p.name for p in killed.iterdir())
     assert lines(whole) == lines(killed) and len(lines(whole)) == 6
     assert (whole / "final_metrics.json").read_text() == (killed / "final_metrics.json").read_text()
-    for name in ("final_model.pt", "checkpoint_epoch4.pt", "checkpoint_epoch6.pt"):
+    for name in ("final_model.safetensors", "final_model.pt", "checkpoint_epoch4.pt", "checkpoint_epoch6.pt"):
         assert (
-            difference(*(torch.load(folder / name, weights_only=True) for folder in (whole, killed))) is None
+            difference(*(read_weights(folder / name) for folder in (whole, killed))) is None
         )
 
 

@@ -29,6 +29,7 @@ from PIL import Image
 import bavq
 import bavq.evaluation.compression as compression
 import bavq.quantizers.remedies as remedies
+import bavq.reference as reference
 import bavq.theory.metrics as metrics
 import bavq.theory.rate_distortion as rd
 import bavq.theory.sources as sources
@@ -90,8 +91,75 @@ QUANTIZERS = {
 }
 
 
+def reference_calls():
+    "The same of the described system's calls."
+    K, D, count = WHOLE + [0, 1], WHOLE + [0], WHOLE + [0]
+    rate, part, flag = NUMBER + [-1.0], NUMBER + [-0.1, 1.0, 2.0], ["yes", None, 1, 0.0, []]
+    widths = [256, "a", None, [128], [1, 2, 4], [128, 128], [0, 0], [-1, -2], [1.5, 3.0], {}]
+    sizes = dict(num_embeddings=K, embedding_dim=D)
+    small = dict(num_embeddings=8, embedding_dim=4)
+    betas = dict(beta_start=rate + [0], beta_end=rate + [0], commitment_cost=rate, ba_iterations=count)
+    model = reference.VQVAE(3, [4, 8], 8, 4)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    calls = {
+        "VQEMAQuantizer": (small, sizes | dict(commitment_cost=rate, decay=part, epsilon=rate + [0])),
+        "BAQuantizer": (small, sizes | betas),
+        "VectorQuantizer": (small, sizes | dict(commitment_cost=rate, use_ema=flag, decay=part)),
+        "GumbelVectorQuantizer": (small, sizes | dict(temperature=rate + [0], hard=flag)),
+        "ProductQuantizer": (
+            dict(num_subcodebooks=2, subcodebook_size=8, embedding_dim=4, commitment_cost=0.25),
+            dict(
+                num_subcodebooks=count + [3], subcodebook_size=K, embedding_dim=D + [5], commitment_cost=rate
+            ),
+        ),
+        "Encoder": (
+            dict(embedding_dim=4),
+            dict(in_channels=count, hidden_dims=widths, embedding_dim=D, num_residual_layers=WHOLE),
+        ),
+        "Decoder": (dict(embedding_dim=4), dict(out_channels=count, hidden_dims=widths, embedding_dim=D)),
+        "VQVAE": (
+            dict(quantizer_type="vq_ema", codebook_size=8, latent_dim=4, hidden_channels=8),
+            dict(quantizer_type=NAME, codebook_size=K, latent_dim=D, hidden_channels=count, nonsense=[1]),
+        ),
+        "VQVAE2": (
+            dict(embedding_dim=4),
+            dict(num_embeddings_top=K, num_embeddings_bottom=K, in_channels=count),
+        ),
+        "VQVAETrainer": (
+            dict(model=model, optimizer=optimizer),
+            dict(model=[None, "a", 3], optimizer=[None, "a"], recon_loss_type=NAME),
+        ),
+        "get_dataloaders": (
+            dict(dataset="photos"),
+            dict(batch_size=count, num_workers=WHOLE, dataset=["nope", None, 3], train_size=[-1, 10**9, "a"]),
+        ),
+        "validate": (
+            dict(model=reference.VQVAE("vq_ema", 8, 4, hidden_channels=8), loader=[], device="cpu"),
+            dict(model=[None, "a", model], loader=[None, 3, []], device=["gpu", 3.5, None]),
+        ),
+    }
+    for name, (good, bad) in calls.items():
+        for key, values in bad.items():
+            for value in values:
+                what = f"{key}={value!r:.40}"
+                yield (
+                    f"reference {name}",
+                    what,
+                    lambda n=name, o={**good, key: value}: getattr(reference, n)(**o),
+                )
+    for what, value in dict(
+        text="a", none=None, whole=torch.ones(1, 3, 8, 8).long(), outside=-torch.ones(1, 3, 8, 8)
+    ).items():
+        yield (
+            "reference train_step",
+            what,
+            lambda v=value: reference.VQVAETrainer(model, optimizer).train_step(v),
+        )
+
+
 def functions():
     "Yields (function, what is wrong, call) of public functions and classes."
+    yield from reference_calls()
     g = torch.Generator().manual_seed(0)
     z, x, d = (
         torch.randn(4, 8, 3, 3, generator=g),

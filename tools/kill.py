@@ -215,7 +215,7 @@ def compare(whole, killed):
     """What differs between the folders of two finished runs: weights, optimizer, buffers, generators,
     history, metrics; None if nothing."""
     last = sorted(whole.glob("checkpoint_epoch?.pt"))[-1].name
-    for name in ("final_model.pt", last):
+    for name in ("final_model.safetensors", "final_model.pt", last):
         if d := difference(read_weights(whole / name), read_weights(killed / name)):
             return f"{name}{d}"
     if d := difference(read_history(whole), read_history(killed)):

@@ -17,8 +17,8 @@ from ..theory.statistics import holm
 from ..training.experiments import ANSWER
 
 # %% auto #0
-__all__ = ['STUDY_DATA', 'ARMS', 'RIVALS', 'cases', 'bar', 'verdict', 'answer_figure', 'arm', 'answer_configs', 'five_pairs',
-           'name_arms', 'against_each', 'against_strongest', 'compare_figure']
+__all__ = ['STUDY_DATA', 'ARMS', 'RIVALS', 'cases', 'verdict', 'answer_figure', 'answer_configs', 'against_each',
+           'compare_figure']
 
 # %% ../../nbs/7_comparison/01_compare.ipynb #b2bd06a4
 if TYPE_CHECKING:

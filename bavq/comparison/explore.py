@@ -24,7 +24,7 @@ from ..quantizers.schedules import as_schedule, cosine
 from ..studies.annealing import BetaPath, Stage, beta_path, groups_of, toy_bound
 
 # %% auto #0
-__all__ = ['beta_view', 'beta_explorer', 'schedule_view', 'schedule_explorer', 'size_view', 'size_explorer']
+__all__ = ['beta_explorer', 'schedule_explorer', 'size_explorer']
 
 # %% ../../nbs/7_comparison/02_explore.ipynb #f5de8bdd
 _DASHED: dict[str, Any] = {"color": "black", "linestyle": "--", "linewidth": 1}

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['set_seed', 'get_rng_state', 'set_rng_state', 'all_reduce']
+__all__ = ['set_seed', 'get_rng_state', 'set_rng_state']
 
 # %% ../../nbs/0_core/03_distributed.ipynb #056be036
 def set_seed(
@@ -81,22 +81,40 @@ def from_first(
     return x
 
 # %% ../../nbs/0_core/03_distributed.ipynb #b9e90a24
+def row_counts(
+    x: Tensor,  # [N, …], each process may have another N
+) -> Tensor:        # [processes] int64, where x is
+    "How many rows each process has, without a wait for the device."
+    if not parallel():
+        return torch.full((1,), len(x), device=x.device)
+    counts = torch.zeros(dist.get_world_size(), dtype=torch.long, device=x.device)
+    counts[dist.get_rank()] = len(x)
+    return all_reduce(counts)
+
+# %% ../../nbs/0_core/03_distributed.ipynb #a19d8347
 def row_place(
     x: Tensor,  # [N, …], each process may have another N
 ) -> tuple[int, int]:
-    "Where this process's rows begin among those of all, and how many these are."
-    if not parallel():
-        return 0, len(x)
-    rank = dist.get_rank()
-    own = torch.eye(dist.get_world_size(), dtype=torch.long, device=x.device)[rank]
-    counts = all_reduce(len(x) * own).tolist()
+    "Where this process's rows begin among those of all, and how many these are. Waits for the device."
+    counts = row_counts(x).tolist() if parallel() else [len(x)]
+    rank = dist.get_rank() if parallel() else 0
     return sum(counts[:rank]), sum(counts)
 
 def gather_rows(
     x: Tensor,  # [N, …], each process may have another N
 ) -> Tensor:
-    "The rows of all processes, in their order: [sum of all N, …]."
+    "The rows of all processes, in their order: [sum of all N, …]. Waits for the device."
     start, total = row_place(x)
     out = x.new_zeros(total, *x.shape[1:])
     out[start:start + len(x)] = x
     return all_reduce(out)
+
+# %% ../../nbs/0_core/03_distributed.ipynb #3fa0d4b6
+def own_generator(
+    device: torch.device,  # where it draws
+) -> torch.Generator | None:
+    "A generator for noise of this process alone; with one process None, which is the usual one."
+    if not parallel() or device.type == "meta":
+        return None
+    seed = int(torch.randint(2**62, (), device="cpu"))
+    return torch.Generator(device).manual_seed(seed + dist.get_rank())

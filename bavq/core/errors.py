@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 # %% auto #0
-__all__ = ['BavqError', 'DiskError', 'require', 'choose']
+__all__ = ['BavqError', 'DiskError', 'require']
 
 # %% ../../nbs/0_core/01_errors.ipynb #9912009b
 if TYPE_CHECKING:
@@ -181,7 +181,8 @@ def unknown_argument(
     near = difflib.get_close_matches(name, known, n=1)
     guess = f"did you mean {near[0]}? " if near else ""
     takes = ", ".join(near + [k for k in known if k not in near])
-    return CallError(f"{what} does not take {brief(name)[1:-1]}: {guess}it takes {takes or 'nothing by name'}")
+    no = f"{what} does not take {brief(name)[1:-1]}"
+    return CallError(f"{no}: {guess}it takes {takes or 'nothing by name'}")
 
 # %% ../../nbs/0_core/01_errors.ipynb #e7da5dab
 def _passes_on(signature: inspect.Signature) -> bool:
@@ -219,10 +220,11 @@ def _bind(f: Callable, signature: inspect.Signature, args: tuple, options: dict)
         raise CallError(f"{what}: {e}; it takes {takes}: give these") from None
 
 # %% ../../nbs/0_core/01_errors.ipynb #56485f7f
-def _with_own_names(error: CallError, what: str, signature: inspect.Signature) -> CallError:
-    "The error of a call inside; where the outer one passes names on, its own names are said too."
+def _with_own_names(error: CallError, f: Callable, what: str, signature: inspect.Signature) -> CallError:
+    "The error of a call inside; where a class passes names on, its own are said too."
+    speaks = f.__name__ == "__init__" and _passes_on(signature)
     own = ", ".join(_accepted(signature))
-    return CallError(f"{error}; {what} itself takes {own}") if _passes_on(signature) else error
+    return CallError(f"{error}; {what} itself takes {own}") if speaks else error
 
 # %% ../../nbs/0_core/01_errors.ipynb #cd93ada4
 F = TypeVar("F", bound=Callable[..., Any])
@@ -244,7 +246,7 @@ def typed(
         try:
             return f(*bound.args, **bound.kwargs)
         except CallError as e:
-            raise _with_own_names(e, _called(f, args), signature) from None
+            raise _with_own_names(e, f, _called(f, args), signature) from None
 
     return typing.cast(F, checked)
 

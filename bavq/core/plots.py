@@ -20,8 +20,8 @@ from torchvision.utils import make_grid
 from .errors import require
 
 # %% auto #0
-__all__ = ['method_style', 'method_color', 'method_label', 'figure', 'show_images', 'show_rows', 'plot_codes', 'plot_usage',
-           'plot_rd', 'plot_history']
+__all__ = ['method_style', 'method_color', 'method_label', 'figure', 'show_images', 'plot_codes', 'plot_usage', 'plot_rd',
+           'plot_history']
 
 # %% ../../nbs/0_core/05_plots.ipynb #c6cd7500
 class MethodStyle(NamedTuple):

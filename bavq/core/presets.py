@@ -5,10 +5,11 @@
 # %% ../../nbs/0_core/08_presets.ipynb #85968efe
 from __future__ import annotations
 from dataclasses import replace
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, NamedTuple
 from .config import RunConfig, config_from_dict
-from .errors import BavqError, needs, require
+from .errors import BavqError, brief, nearest_first, needs, require
 
 # %% auto #0
 __all__ = ['PRESETS', 'Study', 'study_configs', 'read_config']
@@ -24,7 +25,8 @@ class Study(NamedTuple):
 
 # %% ../../nbs/0_core/08_presets.ipynb #c5f35117
 _ALL_FORMS = ("vq_ema", "ba_vq", "vq_ema_spec", "ba_vq_spec")
-_SMALL = RunConfig(hidden_channels=16, embedding_dim=64, batch_size=64, lr=2e-3, workers=2, checkpoint_every=2)
+_SMALL = RunConfig(
+    hidden_channels=16, embedding_dim=64, batch_size=64, lr=2e-3, workers=2, checkpoint_every=2)
 _CIFAR = RunConfig(data="cifar10", precision="bf16")
 
 # %% ../../nbs/0_core/08_presets.ipynb #c6873479
@@ -75,3 +77,50 @@ def read_config(
     if d.get("precision") is False:   # YAML's no
         d["precision"] = "no"
     return config_from_dict(d, base)
+
+# %% ../../nbs/0_core/08_presets.ipynb #65752a22
+KNOWN = {
+    "quantizer": "vq vq_ema vq_ema_spec vq_ema_warmup vq_ema_growing vq_entropy ba_vq ba_vq_spec gumbel fsq"
+    " product residual peer_vq".split(),
+    "network": ["conv"],
+    "data set": ["photos", "cifar10", "mnist", "fashion_mnist"],
+}
+OLD_NAMES = ("vq_ema_quick", "ba_vq_quick", "ba_vq_unrevived")  # of quantizers, in records
+GROUPS = {"quantizer": "bavq.quantizers", "network": "bavq.networks", "data set": "bavq.datasets"}
+
+def check_known(
+    name: str,  # as it was typed
+    what: str,  # quantizer, network or data set
+) -> None:
+    "A `BavqError` where the name is neither known, nor an entry point, nor of the form package.module:Name."
+    offered = [e.name for e in entry_points(group=GROUPS[what])]
+    if ":" in name or name in (*KNOWN[what], *OLD_NAMES, *offered):
+        return
+    names = ", ".join(nearest_first(name, {*KNOWN[what], *offered}))
+    raise BavqError(f"unknown {what} {brief(name)}: choose one of {names}, or give package.module:Name")
+
+# %% ../../nbs/0_core/08_presets.ipynb #6e379dab
+def check_data_name(
+    name: str,  # as it was typed
+) -> None:
+    "A `BavqError` where it is neither the name of a data set nor a file or a folder that exists."
+    path = Path(name).expanduser()
+    if name and path.exists():
+        return
+    is_file = path.suffix in (".npy", ".npz")
+    if ":" not in name and (is_file or len(path.parts) > 1):
+        what = "file" if is_file else "folder"
+        raise BavqError(f"there is no {what} {name}: check the path")
+    try:
+        check_known(name, "data set")
+    except BavqError as e:
+        raise BavqError(f"{e}, a folder of images or an .npy/.npz file") from None
+
+# %% ../../nbs/0_core/08_presets.ipynb #89ba392b
+def check_names(
+    c: RunConfig,  # what is to be trained
+) -> None:
+    "A `BavqError` for the first name that stands for nothing; torch is not needed."
+    check_known(c.quantizer, "quantizer")
+    check_known(c.network, "network")
+    check_data_name(c.data)

@@ -30,7 +30,7 @@ def _load(
         raise BavqError(f"{what} {brief(name)} cannot be imported ({cause}): {advice}") from e
 
 # %% ../../nbs/0_core/06_registry.ipynb #b17feea5
-def _is_path(name: str) -> bool:
+def _is_import_path(name: str) -> bool:
     "Has it the form package.module:Name?"
     module, colon, attribute = name.partition(":")
     parts = [*module.split("."), attribute]
@@ -54,7 +54,7 @@ def _find_elsewhere(
     registered: Iterable[str],  # names, for the message
 ) -> Any:
     "What a path or an entry point stands for; a `BavqError` lists the names where it is neither."
-    if _is_path(name):
+    if _is_import_path(name):
         return _load(what, name, lambda: import_object(name))
     offered = {e.name: e for e in entry_points(group=group)}
     if name in offered:
@@ -78,8 +78,13 @@ class Registry(Mapping[str, Any]):
         self,
         what: str,   # kind of thing, for messages, such as quantizer
         group: str,  # entry points of installed packages, such as bavq.quantizers
+        admits: Callable[[Any], bool],  # may this be used, though a path names it? looked at, never called
+        wanted: str,                    # what that is, for the message
     ):
-        self.what, self.group = what, group
+        self.what = what
+        self.group = group
+        self.admits = admits
+        self.wanted = wanted
         self._found: dict[str, Any] = {}
 
     def __getitem__(self, name: str) -> Any:
@@ -111,4 +116,8 @@ class Registry(Mapping[str, Any]):
         require(isinstance(name, str), f"the {self.what} is {brief(name)}: give a name")
         if name in self._found:
             return self._found[name]
-        return _find_elsewhere(self.what, name, self.group, self._found)
+        thing = _find_elsewhere(self.what, name, self.group, self._found)
+        registered = any(thing is known for known in self._found.values())
+        fits = registered or self.admits(thing)
+        require(fits, f"the {self.what} {brief(name)} is {brief(thing)}: give {self.wanted}, or register it")
+        return thing

@@ -5,11 +5,13 @@
 # %% ../../nbs/0_core/04_storage.ipynb #f9e74ac0
 from __future__ import annotations
 import contextlib
+import hashlib
 import json
 import os
 import signal
-import tempfile
+import socket
 import threading
+import uuid
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
@@ -17,35 +19,34 @@ from pathlib import Path
 from typing import IO, Any, cast
 import torch
 from .config import RunConfig, require_same
-from .errors import BavqError, DiskError, require
+from .errors import BavqError, DiskError, needs, require
 
 # %% auto #0
-__all__ = ['atomic_write', 'write_json', 'read_weights', 'read_json', 'write_weights', 'read_history', 'Interrupted']
+__all__ = ['atomic_write', 'write_json', 'read_json', 'read_history', 'Interrupted']
 
 # %% ../../nbs/0_core/04_storage.ipynb #fb7b9b5b
 PART = ".part"   # how the name of an unfinished file ends
 
+def _new_part(path: Path) -> tuple[int, Path]:
+    "A new file beside `path`, open, with the rights that any new file of this process gets."
+    part = path.with_name(f".{path.name[:80]}.{uuid.uuid4().hex[:8]}{PART}")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+    return os.open(part, flags, 0o666), part
+
 def _write_and_rename(path: Path, write: Callable[[Any], Any]) -> None:
     "Write under a temporary name beside the file, flush, rename; leave nothing where that fails."
-    handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:80]}.", suffix=PART)
+    handle, part = _new_part(path)
     try:
         with os.fdopen(handle, "wb") as f:
             write(f)
             f.flush()
             os.fsync(f.fileno())
-        os.chmod(part, 0o666 & ~_umask())
         os.replace(part, path)
     except BaseException:
-        Path(part).unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
         raise
 
 # %% ../../nbs/0_core/04_storage.ipynb #11d57be3
-def _umask() -> int:
-    "The rights that new files do not get; it can only be read by setting it."
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
 def _sync_folder(folder: Path) -> None:
     "Flush a folder to the disk, so that a rename in it outlives a power cut."
     handle = os.open(folder, os.O_RDONLY)
@@ -82,11 +83,13 @@ def write_json(
 
 # %% ../../nbs/0_core/04_storage.ipynb #d39d1a24
 def read_weights(
-    path: str | Path,  # a checkpoint, or a file of weights
+    path: str | Path,  # a checkpoint, or a file of weights: of `torch.save`, or .safetensors
 ) -> Any:
-    "What a file of `torch.save` holds, on the CPU; a `BavqError` where it is damaged or dangerous."
+    "What a file of weights holds, on the CPU; a `BavqError` where it is damaged or dangerous."
     require(Path(path).is_file(), f"there is no file {path}: check the path")
     try:
+        if Path(path).suffix == ".safetensors":
+            return _read_safetensors(path)
         if zipfile.is_zipfile(path):
             _check_archive(path)
         return torch.load(path, map_location="cpu", weights_only=True)
@@ -143,6 +146,65 @@ class _ErrorKeeper:
 
     def flush(self) -> None:
         self.file.flush()
+
+# %% ../../nbs/0_core/04_storage.ipynb #0c64c9fa
+FINAL_WEIGHTS = ("final_model.safetensors", "final_model.pt")   # what is looked for, best first
+
+def state_hash(
+    state: dict[str, torch.Tensor],  # of a model
+) -> str:
+    "SHA-256 over names, types, shapes and numbers, in hexadecimal."
+    digest = hashlib.sha256()
+    for name, v in sorted(state.items()):
+        digest.update(f"{name} {v.dtype} {list(v.shape)} ".encode())
+        digest.update(v.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+def _read_safetensors(path: str | Path) -> dict[str, torch.Tensor]:
+    "The tensors of a file; a `ValueError` where they are not those that were written."
+    safetensors = needs("safetensors", "train")
+    with safetensors.safe_open(path, framework="pt") as f:
+        metadata = f.metadata() or {}
+        names = json.loads(metadata.get("order", "null")) or f.keys()   # the format sorts them
+        state = {name: f.get_tensor(name) for name in names}
+    written = metadata.get("sha256")
+    if written and written != state_hash(state):
+        raise ValueError("a checksum is wrong")
+    return state
+
+# %% ../../nbs/0_core/04_storage.ipynb #7e63d6dd
+def config_in_weights(
+    path: str | Path,  # a .safetensors file that `read_weights` has read
+) -> dict[str, Any]:
+    "The configuration that a file of final weights carries along; empty where it has none."
+    safetensors = needs("safetensors", "train")
+    with safetensors.safe_open(path, framework="pt") as f:
+        return json.loads((f.metadata() or {}).get("config", "{}"))
+
+# %% ../../nbs/0_core/04_storage.ipynb #be48cce8
+def write_final_weights(
+    folder: Path,              # of a run, or of a prior
+    state: dict[str, Any],     # of its model
+    config: dict[str, Any],    # its configuration, kept in the metadata
+) -> None:
+    "Write the final weights, as a `state_dict` and as safetensors; the latter where there are only tensors."
+    needs("safetensors", "train")
+    from safetensors.torch import save
+    safe, pickled = (folder / name for name in FINAL_WEIGHTS)
+    safe.unlink(missing_ok=True)   # else, between the two, it would be of an older model
+    write_weights(pickled, state)
+    if all(isinstance(v, torch.Tensor) for v in state.values()):
+        kept = {k: v for k, v in config.items() if k != "data_root"}   # a path of this machine
+        alone = {k: v.detach().cpu().contiguous().clone() for k, v in state.items()}
+        metadata = dict(format="pt", config=json.dumps(kept), sha256=state_hash(alone),
+                        order=json.dumps([*alone]))
+        atomic_write(safe, lambda f: f.write(save(alone, metadata)))
+
+def final_weights(
+    folder: str | Path,  # of a run, or of a prior
+) -> Path | None:
+    "The file of the final weights; None where there is none yet."
+    return next((p for p in (Path(folder) / name for name in FINAL_WEIGHTS) if p.is_file()), None)
 
 # %% ../../nbs/0_core/04_storage.ipynb #d0551c82
 @contextlib.contextmanager
@@ -267,3 +329,19 @@ class Interrupted(KeyboardInterrupt):
     ):
         super().__init__(message)
         self.number = number
+
+# %% ../../nbs/0_core/04_storage.ipynb #59d78967
+_WAITING = threading.RLock()   # held by the download that has set the limit
+
+@contextlib.contextmanager
+def patient_for(
+    seconds: float,  # to wait for an answer
+) -> Iterator[None]:
+    "Within the block, a network that does not answer is given up after so many seconds."
+    with _WAITING:
+        before = socket.getdefaulttimeout()
+        socket.setdefaulttimeout(seconds)
+        try:
+            yield
+        finally:
+            socket.setdefaulttimeout(before)

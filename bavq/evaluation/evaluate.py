@@ -4,405 +4,19 @@
 
 # %% ../../nbs/5_evaluation/01_evaluate.ipynb #c3522077
 from __future__ import annotations
-import hashlib
 import math
-from array import array
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator, NamedTuple, Sequence
+from typing import Any, Iterable, NamedTuple
 import torch
 from torch import Tensor, nn
-from ..quantizers.ba_vq import posterior
-from ..quantizers.specified import SpecifiedBAQuantizer, soft_codes
 from ..core.errors import needs, require
-from ..theory.metrics import (CodeMeter, ReconstructionMeter, code_counts, compute_entropy,
-    compute_entropy_bits, effective_rank, image_errors, psnr_from_mse, to_unit)
-from ..quantizers.base import as_is, from_rows, latent_rows, to_rows
-from ..theory.rate_distortion import blahut_arimoto_codebook, gaussian_rd, water_level
-from ..models.vqvae import VQVAE
+from .scores import (Batch, Codec, CodeScores, FeatureScores, ImageScores, Judges,
+    LatentScores, SoftScores, as_codec, coded, soft_latents)
+from ..theory.metrics import code_counts, image_errors
 
 # %% auto #0
-__all__ = ['Codec', 'as_codec', 'image_scores', 'code_scores', 'operating_point', 'soft_latents', 'Judges', 'Evaluation',
-           'evaluate', 'evaluation_figure']
-
-# %% ../../nbs/5_evaluation/01_evaluate.ipynb #d6750772
-class Codec(NamedTuple):
-    "What is evaluated: images to latents to indices, and indices to images."
-    latents: Callable                   # images [B, C, H, W] in [-1, 1] to whatever `codes` takes
-    codes: Callable                     # latents to indices, integers [B, …, h, w]
-    decode: Callable                    # indices to images
-    num_embeddings: int                 # K
-    quantizer: nn.Module | None = None  # with `decode` and `embedding_dim`: to measure latents
-    decoder: Callable | None = None     # codes [B, D, h, w] to images: to measure soft codes
-
-# %% ../../nbs/5_evaluation/01_evaluate.ipynb #29eb2cd8
-def as_codec(
-    model: Any,               # a VQVAE, a module with encode and decode, or a Codec
-    num_embeddings: int = 0,  # K, where the model does not say
-) -> Codec:
-    "The steps of a model; a `BavqError` where it lacks one, or has two levels of codes."
-    if isinstance(model, Codec):
-        return model
-    kind = type(model).__name__
-    one_level = not hasattr(model, "quantizer_top")
-    require(one_level, f"{kind} has two levels of codes: give a Codec of one of them")
-    if isinstance(model, VQVAE):
-        q: Any = model.quantizer
-        return Codec(model.encode_latents, q.encode, model.decode_codes, q.num_embeddings, q, model.decoder)
-    complete = all(callable(getattr(model, step, None)) for step in ("encode", "decode"))
-    cure = "give a module with encode(images) -> indices and decode(indices) -> images, or a Codec"
-    require(complete, f"{kind} lacks encode or decode: {cure}")
-    said = [getattr(model, name, 0) for name in ("num_embeddings", "codebook_size")]
-    K = num_embeddings or said[0] or said[1]
-    require(bool(K), f"{kind} does not say how many codes it has: give num_embeddings")
-    return Codec(as_is, model.encode, model.decode, int(K))
-
-# %% ../../nbs/5_evaluation/01_evaluate.ipynb #0941e00f
-class Batch(NamedTuple):
-    "A batch on its way: everything that can be measured of it."
-    x: Tensor        # originals [B, C, H, W] in [-1, 1]
-    z: Tensor        # latents, before the quantizer
-    indices: Tensor  # codes [B, …, h, w]
-    y: Tensor        # reconstructions [B, C, H, W]
-
-def _check_indices(indices, images):
-    "A `BavqError` unless the indices are integers, with an entry for each image."
-    n = len(images)
-    if not torch.is_tensor(indices):
-        found: Any = type(indices).__name__
-        ok = False
-    else:
-        found = list(indices.shape)
-        ok = not indices.is_floating_point() and indices.shape[:1] == images.shape[:1]
-    require(ok, f"encode returned {found}: return integer indices, one grid for each of the {n} images")
-
-@torch.no_grad()
-def coded(
-    codec: Codec,      # of the model
-    loader: Iterable,  # batches of images [B, C, H, W] in [-1, 1], or of tuples that begin with them
-) -> Iterator[Batch]:
-    "Yields a `Batch` for each batch of images."
-    for x in loader:
-        if isinstance(x, (tuple, list)):
-            x = x[0]
-        z = codec.latents(x)
-        indices = codec.codes(z)
-        _check_indices(indices, x)
-        yield Batch(x, z, indices, codec.decode(indices))
-
-# %% ../../nbs/5_evaluation/01_evaluate.ipynb #d86c4ff6
-def image_scores(
-    x: Tensor,                      # originals [B, C, H, W] in [-1, 1]
-    y: Tensor,                      # reconstructions
-    lpips: Callable | None = None,  # a network that tells LPIPS image by image
-) -> dict[str, Tensor]:
-    "PSNR [dB], SSIM and, where its network is given, LPIPS of every image, [B] each."
-    needs("torchmetrics", extra="eval")
-    from torchmetrics.functional.image import structural_similarity_index_measure
-    side = min(x.shape[2:])
-    scores = {"psnr": psnr_from_mse(image_errors(x, y)[:, 0])}
-    if side > 5:  # SSIM's window, mirrored
-        a, b = to_unit(y).float(), to_unit(x).float()
-        ssim: Any = structural_similarity_index_measure(a, b, data_range=1.0, reduction="none")
-        scores["ssim"] = ssim
-    if lpips and side >= 32:
-        scores["lpips"] = lpips(in_colour(x), in_colour(y)).reshape(-1)
-    return {k: v.cpu().double() for k, v in scores.items()}
-
-# %% ../../nbs/5_evaluation/01_evaluate.ipynb #e1befb68
-def in_colour(x: Tensor) -> Tensor:
-    "What networks trained on photographs take: images [B, C, H, W] with three channels, clamped to [-1, 1]."
-    return x.clamp(-1, 1).expand(-1, 3, -1, -1)
-
-def as_pixels(x: Tensor) -> Tensor:
-    "Images in [-1, 1] as uint8, rounded."
-    return (to_unit(x) * 255).round().byte()
-
-# %% ../../nbs/5_evaluation/01_evaluate.ipynb #4f2007be
-class ImageScores:
-    "Observer of the images: PSNR, SSIM, LPIPS of each; and a fingerprint of the originals."
-    def __init__(self, lpips: Callable | None = None):  # as `image_scores` takes it
-        self.lpips = lpips
-        self.meter = ReconstructionMeter()
-        self.held: dict[str, array] = {}
-        self.hash = hashlib.sha256()
-
-    def update(self, b: Batch) -> None:
-        self.meter.update(b.x, b.y)
-        for k, v in image_scores(b.x, b.y, self.lpips).items():
-            self.held.setdefault(k, array("d")).extend(v.tolist())
-        self.hash.update(as_pixels(b.x).cpu().numpy().tobytes())
-
-    def images(self) -> dict[str, Tensor]:
-        "Every image's own numbers, [N] each."
-        return {k: torch.tensor(v, dtype=torch.float64) for k, v in self.held.items()}
-
-    def compute(self) -> dict[str, float]:
-        means = {k: v.mean().item() for k, v in self.images().items() if k != "psnr"}
-        return self.meter.compute() | means
-
-# %% ../../nbs/5_evaluation/01_evaluate.ipynb #58ef8e00
-def _entropy_of_values(v):
-    "Entropy in bits of integers [N], from their counts."
-    values = v.new_zeros(0, dtype=torch.long)
-    counts = values
-    for part in v.split(2**18):  # a part at a time: sorting millions of numbers at once takes many copies
-        new, n = part.unique(return_counts=True)
-        values, at = torch.cat([values, new]).unique(return_inverse=True)
-        counts = torch.zeros_like(values).index_add_(0, at, torch.cat([counts, n]))
-    return compute_entropy_bits(counts).item()
-
-def entropy_given(
-    a: Tensor,  # indices [N]
-    b: Tensor,  # indices [N], the codes to be told
-) -> float:
-    "H(b | a) in bits, from counts."
-    pairs = a.long() * (int(b.max()) + 1) + b
-    return _entropy_of_values(pairs) - _entropy_of_values(a)
-
-# %% ../../nbs/5_evaluation/01_evaluate.ipynb #f257f4b6
-def neighbour_entropies(
-    grids: Tensor,  # indices [..., h, w]
-) -> dict[str, float]:
-    "Entropy of a code in bits, given the one to its left, the one above it, and one from a random place."
-    both = {
-        "left": (grids[..., :-1], grids[..., 1:]),
-        "above": (grids[..., :-1, :], grids[..., 1:, :]),
-    }
-    pairs = {k: (a.flatten(), b.flatten()) for k, (a, b) in both.items() if a.numel()}
-    if "left" in pairs:
-        a, b = pairs["left"]
-        shuffled = torch.randperm(len(b), generator=torch.Generator().manual_seed(0))
-        pairs["random"] = (a, b[shuffled])
-    return {f"entropy_given_{k}": entropy_given(a, b) for k, (a, b) in pairs.items()}
-
-# %% ../../nbs/5_evaluation/01_evaluate.ipynb #d5f576e1
-def code_scores(
-    indices: Tensor,      # [B, …, h, w] grids, or [B] single codes
-    num_embeddings: int,  # K
-    pixels: int = 0,      # of an image, for bits per pixel; 0: none given
-) -> dict[str, float]:
-    "Use and rate of the codes, from the indices alone."
-    meter = CodeMeter(num_embeddings, pixels)
-    for part in indices.split(1024):
-        meter.update(part)
-    scores = meter.compute()
-    used = num_embeddings - scores["dead_codes"]
-    scores["perplexity_corrected"] = scores["perplexity"] * math.exp((used - 1) / (2 * indices.numel()))
-    if indices.dim() > 2:
-        scores |= neighbour_entropies(indices.cpu())
-    return scores
-
-# %% ../../nbs/5_evaluation/01_evaluate.ipynb #cc53f4d9
-class CodeScores:
-    "Observer of the indices; holds them, in two bytes each up to K = 32768."
-    def __init__(self, num_embeddings: int):  # K
-        self.num_embeddings = num_embeddings
-        self.pixels = 0
-        self.shape: tuple[int, ...] | None = None
-        self.held = bytearray()
-        self.kind = torch.int16 if num_embeddings <= 2**15 else torch.int32
-
-    def update(self, b: Batch) -> None:
-        code_counts(b.indices, self.num_embeddings)  # refuses indices that do not exist
-        self.shape = tuple(b.indices.shape[1:])
-        self.pixels = b.x.shape[2] * b.x.shape[3]
-        self.held += b.indices.to("cpu", self.kind).numpy().tobytes()
-
-    def indices(self) -> Tensor:
-        "All of them, [N, …, h, w]."
-        return torch.frombuffer(self.held, dtype=self.kind).view(-1, *(self.shape or ())).clone()
-
-    def compute(self) -> dict[str, float]:
-        return code_scores(self.indices(), self.num_embeddings, self.pixels)
-
-# %% ../../nbs/5_evaluation/01_evaluate.ipynb #d24b51f8
-def _excess(best, beta, rate, D):
-    "What a run pays above the best marginal of its codes, solved by Blahut–Arimoto at its price."
-    bits = math.log(2)
-    return {
-        "excess_bits": rate + (beta * D - best.rate - beta * best.distortion).item() / bits,
-        "redundant_codes": int((best.certificates < 1 - 1e-3).sum()),
-        "certificate_gap_bits": best.gap.item() / bits,
-    }
-
-def _curve_point(price, solution):
-    "A point of the R(D) curve of a codebook."
-    rate_bits = solution.rate.item() / math.log(2)
-    return {"price": price, "rate_bits": rate_bits, "distortion": solution.distortion.item()}
-
-# %% ../../nbs/5_evaluation/01_evaluate.ipynb #f9f5b383
-@torch.no_grad()
-def operating_point(
-    x: Tensor,                # latents [N, D]
-    e: Tensor,                # their codes [N, D]
-    rate: float,              # bits per latent
-    codebook: Tensor | None,  # [K, D]; None: no Blahut–Arimoto
-    factors: Sequence[float] = (1/8, 1/4, 1/2, 1, 2, 4),  # of the price, for the curve
-) -> tuple[dict[str, float], list[dict]]:
-    "Rate and distortion against what is possible for these latents; and the R(D) curve of the codebook."
-    x, e = x.double(), e.double()
-    variances = torch.linalg.eigvalsh(x.T.cov().reshape(x.shape[1], -1)).clamp_min(0)
-    v = variances[variances > 1e-9 * variances.max()]
-    D = (x - e).square().sum(1).mean()
-    point = {"latent_distortion": D.item(), "rate_bits": rate}
-    if not len(v) or D == 0:  # latents that do not vary, or are codes: nothing to compare
-        return point, []
-    beta = 1 / (2 * water_level(v, D[None]).item())
-    ideal = {"gaussian_rate_bits": gaussian_rd(v, D).item(), "price": beta}
-    scores = {"latent_variance": v.sum().item()} | point | ideal
-    if codebook is None:
-        return scores, []
-    e = codebook.double()
-    solved = {f: blahut_arimoto_codebook(x, e, f * beta, iterations=100, tol=1e-3) for f in factors}
-    curve = [_curve_point(f * beta, r) for f, r in solved.items()]
-    return scores | _excess(solved[1], beta, rate, D), curve
-
-# %% ../../nbs/5_evaluation/01_evaluate.ipynb #7bc61b69
-class LatentScores:
-    "Observer of latents and codes: keeps a uniform sample of both."
-    def __init__(
-        self,
-        quantizer: Any,       # with `decode` and `embedding_dim`
-        num_embeddings: int,  # K
-        size: int = 2048,     # latents in the sample
-    ):
-        self.quantizer = quantizer
-        self.size = size
-        self.generator = torch.Generator().manual_seed(0)
-        self.counts = torch.zeros(num_embeddings, dtype=torch.long)
-        self.latents = 0
-        self.keys = torch.empty(0)
-        self.sample: Tensor | None = None
-        self.curve: list[dict] = []
-
-    def update(self, b: Batch) -> None:
-        q, D = self.quantizer, self.quantizer.embedding_dim
-        prepare = getattr(q, "prepare", as_is)
-        z = prepare(to_rows(b.z, D).float())
-        e = to_rows(q.decode(b.indices), D).float()
-        self.counts += code_counts(b.indices, len(self.counts)).cpu()
-        self._keep(torch.cat([z, e], 1).cpu())
-
-    def _keep(self, pairs):
-        "Every pair [n, 2D] draws a key; those with the smallest keys of all so far are the sample."
-        self.latents += len(pairs)
-        held = len(self.keys)
-        keys = torch.cat([self.keys, torch.rand(len(pairs), generator=self.generator)])
-        keep = keys.argsort()[: self.size].sort().values
-        old, new = keep[keep < held], keep[keep >= held] - held
-        self.keys = keys[keep]
-        self.sample = pairs[new] if self.sample is None else torch.cat([self.sample[old], pairs[new]])
-
-    def codebook(self) -> Tensor | None:
-        "The codes [K, D], where the quantizer lists them and they are few enough for Blahut–Arimoto."
-        K, D = len(self.counts), self.quantizer.embedding_dim
-        if K > 2**14 or K * D > 2**22:
-            return None
-        e = getattr(self.quantizer, "codebook", None)
-        if not torch.is_tensor(e) or e.shape != (K, D):
-            return None
-        return e.detach().float().cpu()
-
-    def compute(self) -> dict[str, float]:
-        assert self.sample is not None
-        e = self.codebook()
-        codes_per_latent = self.counts.sum().item() / self.latents
-        rate = compute_entropy_bits(self.counts).item() * codes_per_latent
-        z, coded_as = self.sample.chunk(2, 1)
-        scores, self.curve = operating_point(z, coded_as, rate, e)
-        return scores if e is None else scores | {"codebook_rank": effective_rank(e).item()}
-
-# %% ../../nbs/5_evaluation/01_evaluate.ipynb #b7cd17fd
-@torch.no_grad()
-def soft_latents(
-    q: Any,     # a quantizer
-    z: Tensor,  # latents [B, D, h, w]
-) -> Tensor | None:  # the shape of z
-    "Blends of codes, as a BA quantizer's posterior weighs them; None for other quantizers."
-    if isinstance(q, SpecifiedBAQuantizer):
-        return soft_codes(q, z)
-    beta, d_ref, potentials = (getattr(q, name, None) for name in ("beta", "d_ref", "potentials"))
-    if beta is None or d_ref is None or potentials is None:
-        return None
-    P = posterior(latent_rows(q, z), q.codebook, potentials, beta / d_ref.clamp_min(1e-20))
-    return from_rows(P @ q.codebook, z.shape)
-
-# %% ../../nbs/5_evaluation/01_evaluate.ipynb #02bf8fa6
-class SoftScores:
-    "Observer of a BA quantizer: how much better blends of codes would look."
-    def __init__(self, codec: Codec):  # with a quantizer and a decoder
-        self.codec = codec
-        self.soft = ReconstructionMeter()
-        self.hard = ReconstructionMeter()
-
-    @torch.no_grad()
-    def update(self, b: Batch) -> None:
-        decoder = self.codec.decoder
-        assert decoder is not None
-        self.soft.update(b.x, decoder(soft_latents(self.codec.quantizer, b.z)))
-        self.hard.update(b.x, b.y)
-
-    def compute(self) -> dict[str, float]:
-        soft, hard = (meter.compute()["psnr"] for meter in (self.soft, self.hard))
-        return {"soft_psnr": soft, "soft_hard_gap": soft - hard}
-
-# %% ../../nbs/5_evaluation/01_evaluate.ipynb #5b5c0eb4
-def _frechet_distance(size):
-    "torchmetrics' meter of the Fréchet distance between features [B, size] that are handed to it."
-    needs("torchmetrics", extra="eval")
-    from torchmetrics.image.fid import FrechetInceptionDistance
-    given = nn.Identity()
-    given.num_features = size
-    return FrechetInceptionDistance(given)
-
-class FeatureScores:
-    "Observer with a network's eyes: Fréchet distance and, from logits, Inception Score over ten parts."
-    def __init__(
-        self,
-        name: str,       # of the distance: fid, fid_own
-        see: nn.Module,  # images in [-1, 1] to (features [B, F], logits [B, C] or None)
-    ):
-        self.name = name
-        self.see = see
-        self.fid: Any = None
-        self.sums: Tensor | None = None
-        self.n = 0
-
-    @torch.no_grad()
-    def update(self, b: Batch) -> None:
-        both = torch.cat([b.x, b.y]).split(32)  # Inception enlarges images to 299×299
-        features, logits = zip(*(self.see(x) for x in both))
-        real, fake = torch.cat(features).cpu().double().split(len(b.x))
-        if self.fid is None:
-            self.fid = _frechet_distance(real.shape[1])
-        self.fid.update(real, real=True)
-        self.fid.update(fake, real=False)
-        if logits[0] is not None:
-            self._add_predictions(torch.cat(logits)[len(b.x):].cpu().double().softmax(1))
-        self.n += len(b.x)
-
-    def _add_predictions(self, p):
-        "Add class probabilities [B, C] to the sums of the ten parts: images, entropies, probabilities."
-        new = torch.cat([torch.ones_like(p[:, :1]), compute_entropy(p)[:, None], p], 1)
-        if self.sums is None:
-            self.sums = new.new_zeros(10, new.shape[1])
-        self.sums.index_add_(0, (self.n + torch.arange(len(p))) % 10, new)
-
-    def compute(self) -> dict[str, float]:
-        scores = {self.name: self.fid.compute().item() if self.n > 1 else math.nan}
-        if self.sums is None:
-            return scores
-        n, entropy, p = self.sums[self.sums[:, 0] > 0].tensor_split([1, 2], 1)
-        values = (compute_entropy(p) - (entropy / n)[:, 0]).exp()
-        return scores | {"inception_score": values.mean().item(), "inception_score_std": values.std().item()}
-
-# %% ../../nbs/5_evaluation/01_evaluate.ipynb #738693a2
-class Judges(NamedTuple):
-    "Networks that look at images, made once for a data set and used for all models."
-    features: dict[str, nn.Module] = {}  # as `FeatureScores` takes them, by the name of their distance
-    lpips: Callable | None = None        # tells LPIPS image by image
-    notes: tuple[str, ...] = ()          # what is missing, and how to get it
+__all__ = ['Evaluation', 'evaluate', 'evaluation_figure']
 
 # %% ../../nbs/5_evaluation/01_evaluate.ipynb #0c38bd33
 class Gallery:
@@ -469,6 +83,7 @@ def _in_evaluation_mode(model):
     finally:
         model.train(training)
 
+# %% ../../nbs/5_evaluation/01_evaluate.ipynb #6df5273e
 def _observe(codec, loader, observers):
     "Show every batch to every observer; a quantizer that can blend codes gets one more."
     for i, batch in enumerate(coded(codec, loader)):
@@ -487,7 +102,9 @@ def evaluate(
     "Everything that can be asked of a model, in one pass over the images."
     codec = as_codec(model, num_embeddings)
     K = codec.num_embeddings
-    images, codes, gallery = ImageScores(judges.lpips), CodeScores(K), Gallery()
+    images = ImageScores(judges.lpips)
+    codes = CodeScores(K)
+    gallery = Gallery()
     latents = None if codec.quantizer is None else LatentScores(codec.quantizer, K)
     observers: list[Any] = [images, codes, gallery]
     if latents is not None:
@@ -519,6 +136,7 @@ def _draw_gallery(axes, gallery):
         rows = [side for half in shown.split(6) for side in (half[:, 0], half[:, 1])]
         show_images(torch.cat(rows), min(6, len(pairs)), ax, name)
 
+# %% ../../nbs/5_evaluation/01_evaluate.ipynb #5474bb24
 def _draw_codes(ax, e):
     "Pictures of the codes, the most used one first."
     from bavq.core.plots import show_images
@@ -528,6 +146,7 @@ def _draw_codes(ax, e):
     order = e.counts.argsort(descending=True)[:1024]
     show_images(e.codes[order], max(8, math.isqrt(2 * len(order))), ax, "codes, by use")
 
+# %% ../../nbs/5_evaluation/01_evaluate.ipynb #ee01ed09
 def _draw_operating_point(ax, e, method):
     "The run among the rates and distortions that are possible for its latents."
     from bavq.core.plots import plot_rd

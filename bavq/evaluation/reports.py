@@ -8,7 +8,6 @@ import contextlib
 import json
 import math
 import shutil
-import socket
 import tempfile
 from dataclasses import asdict, replace
 from itertools import count, islice
@@ -21,32 +20,24 @@ from ..core.config import RunConfig, config_from_dict
 from ..core.distributed import get_rng_state, set_rng_state
 from ..core.errors import BavqError, choose, needs, require
 from ..core.storage import write_json
-from .evaluate import Evaluation, Judges, as_pixels, evaluate, evaluation_figure, in_colour
+from .evaluate import Evaluation, evaluate, evaluation_figure
+from .scores import Judges, as_pixels, in_colour
 from ..quantizers.base import QUANTIZERS
-from ..core.storage import read_json, read_weights
+from ..core.storage import (
+    FINAL_WEIGHTS, config_in_weights, final_weights, patient_for, read_json, read_weights)
 from ..models.vqvae2 import build_model
 from ..training.experiments import environment
 from ..training.checkpoints import load_model
 from ..models.vqvae import VQVAE
 
 # %% auto #0
-__all__ = ['make_judges', 'find_runs', 'open_run', 'load_weights', 'evaluate_runs', 'evaluation_table', 'paired_images', 'report']
+__all__ = ['make_judges', 'open_run', 'evaluate_runs', 'evaluation_table', 'paired_images', 'report']
 
 # %% ../../nbs/5_evaluation/02_reports.ipynb #3ead0fb6
 if TYPE_CHECKING:
     import pandas as pd
 
 # %% ../../nbs/5_evaluation/02_reports.ipynb #eec3d9be
-@contextlib.contextmanager
-def _patient_for(seconds):
-    "Within the block, a network that does not answer is given up after so many seconds."
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(seconds)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)
-
 @contextlib.contextmanager
 def _hub_finds(path, name):
     "Within the block, torch.hub finds the file `path` under the name of its own download; empty: its cache."
@@ -75,7 +66,7 @@ def weights_from(
     "Within the block, torch.hub finds the file as if it had downloaded it; what fails is a `BavqError`."
     what, option = lost
     try:
-        with _patient_for(10), _hub_finds(path, url.rpartition("/")[2]):
+        with patient_for(10), _hub_finds(path, url.rpartition("/")[2]):
             yield
     except BavqError:
         raise
@@ -148,6 +139,7 @@ def _labels_of(loader):
         return torch.tensor(loader.dataset.dataset.targets)
     return loader.labels
 
+# %% ../../nbs/5_evaluation/02_reports.ipynb #e52a018b
 def train_eyes(
     loader: Any,       # training batches of labelled images
     steps: int = 300,  # batches to train on
@@ -205,6 +197,8 @@ def make_judges(
     return Judges(made, lpips, tuple(notes))
 
 # %% ../../nbs/5_evaluation/02_reports.ipynb #ab695fbb
+WEIGHTS = (".pt", ".safetensors")   # how files of weights end
+
 def _is_prior(folder):
     "Does the folder hold a prior, which is not a run?"
     config = folder / "config.json"
@@ -212,13 +206,14 @@ def _is_prior(folder):
 
 def _runs_below(folder):
     "The folders of runs with weights, at any depth."
-    weights = [w for pattern in ("final_model.pt", "checkpoint_epoch*.pt") for w in folder.rglob(pattern)]
+    patterns = (*FINAL_WEIGHTS, "checkpoint_epoch*.pt")
+    weights = [w for pattern in patterns for w in folder.rglob(pattern)]
     return sorted({w.parent for w in weights if not _is_prior(w.parent)})
 
 def _runs_at(path):
     "A file of weights or the folder of a run itself, or else the runs below it."
     is_run = (path / "config.json").exists() and not _is_prior(path)
-    found = [path] if path.suffix == ".pt" or is_run else _runs_below(path)
+    found = [path] if path.suffix in WEIGHTS or is_run else _runs_below(path)
     why = f"{path} is neither the folder of a run nor one that holds runs with weights: check the path"
     if path.is_dir():
         why += " (records of a study hold no weights: train its runs again)"
@@ -232,7 +227,7 @@ def find_runs(
     "Every run that can be opened among or below the paths, none twice, by a name that is its own."
     found = [run for p in paths for run in _runs_at(Path(p))]
     different = list({p.resolve(): p for p in found}.values())
-    short = [f"{p.parent.name}/{p.stem}" if p.suffix == ".pt" else p.resolve().name for p in different]
+    short = [f"{p.parent.name}/{p.stem}" if p.suffix in WEIGHTS else p.resolve().name for p in different]
     if len(set(short)) < len(short):
         return {str(p): p for p in different}
     return dict(zip(short, different))
@@ -242,10 +237,10 @@ def open_run(
     path: str | Path,  # of a run's folder, or of a file of weights
 ) -> tuple[VQVAE, RunConfig]:
     "A model in evaluation mode, on the CPU, and its configuration; or from an unfinished run's checkpoint."
-    if Path(path).suffix == ".pt":
+    if Path(path).suffix in WEIGHTS:
         return load_weights(path)
-    final = Path(path) / "final_model.pt"
-    return load_weights(final) if final.exists() else load_model(path)
+    final = final_weights(path)
+    return load_weights(final) if final else load_model(path)
 
 # %% ../../nbs/5_evaluation/02_reports.ipynb #39537ee9
 OLD_NAMES = {
@@ -259,7 +254,7 @@ def _todays_name(key):
     return OLD_NAMES.get(bare, bare)
 
 def clean_state(
-    state: dict,  # of `torch.save`
+    state: dict,  # of `read_weights`
 ) -> dict[str, Tensor]:
     "The state_dict in a checkpoint, without wrappers' prefixes."
     state = state.get("model_state_dict", state.get("state_dict", state))
@@ -337,14 +332,15 @@ def _generators_put_back():
 def _config_near(path, raw):
     "The configuration in a file of weights, or else in config.json beside it, or None."
     beside = Path(path).parent / "config.json"
-    found = raw.get("config")
+    in_file = raw if Path(path).suffix != ".safetensors" else {"config": config_in_weights(path)}
+    found = in_file.get("config")
     if not found and beside.exists():
         found = read_json(beside)
     return config_from_dict(found) if isinstance(found, dict) else None
 
 # %% ../../nbs/5_evaluation/02_reports.ipynb #df1c912e
 def load_weights(
-    path: str | Path,                 # of a .pt file
+    path: str | Path,                 # of a .pt or .safetensors file
     config: RunConfig | None = None,  # of its model; None: in the file, beside it, or guessed
 ) -> tuple[VQVAE, RunConfig]:
     "A model from a file of weights, or a `BavqError` that names every key that differs."
@@ -357,7 +353,9 @@ def load_weights(
         config = config or _config_near(path, raw) or guess_config(state)
         model = build_model(config, channels)
     own = model.state_dict()
-    state = {"quantizer.initialised": torch.tensor(True)} | by_order(state, own)  # older files lack it
+    if Path(path).suffix != ".safetensors":  # whose order says nothing
+        state = by_order(state, own)
+    state = {"quantizer.initialised": torch.tensor(True)} | state  # older files lack it
     said = _differences(state, own)
     sizes = f"K={config.codebook_size}, D={config.embedding_dim}"
     require(not said, f"{path} does not fit {config.quantizer} with {sizes}: {said}")
@@ -512,13 +510,21 @@ def _pairs_of_same_images(done, baseline):
     same = {name: e for name, (_, e) in done.items() if e.fingerprint == shown}
     return paired_images(same, baseline) if len(same) > 1 else None
 
+def _pairs_as_text(pairs):
+    "The differences with four digits; no p is nought."
+    from bavq.theory.statistics import p_as_text
+    shown = pairs.round(4)
+    for column in [c for c in pairs if c == "p"]:
+        shown[column] = [p_as_text(p) for p in pairs[column]]
+    return shown.to_string(index=False, line_width=100)
+
 def _print_report(done, baseline, pairs):
     "The table, the differences and the notes."
     table = evaluation_table({name: e.metrics for name, (_, e) in done.items()})
-    print((table.T if len(done) <= 8 else table).to_string())
+    print((table.T if len(done) <= 8 else table).to_string(line_width=100))
     if pairs is not None:
         print(f"\ndifference to {baseline} over the same images, 95 % interval")
-        print(pairs.round(4).to_string(index=False))
+        print(_pairs_as_text(pairs))
     for note in _all_notes(done):
         print(f"\n{note}")
 

@@ -9,10 +9,10 @@ from typing import Any
 import pandas as pd
 from ..core.config import RunConfig
 from ..core.errors import require
-from ..theory.statistics import mean_interval, paired_difference
+from ..theory.statistics import mean_interval, p_as_text, paired_difference
 
 # %% auto #0
-__all__ = ['METRICS', 'groups', 'summarise', 'tables']
+__all__ = ['METRICS', 'summarise', 'tables']
 
 # %% ../../nbs/5_evaluation/04_summaries.ipynb #b83a07d4
 METRICS = ("psnr", "perplexity", "usage_rate", "dead_codes")
@@ -79,8 +79,8 @@ def _mean_as_text(row: pd.Series, m: str) -> str:
 
 def _difference_as_text(row: pd.Series, m: str) -> str:
     diff, low, high = (_as_text(row[f"{m}_{k}"], m, "+") for k in ("diff", "low", "high"))
-    p = row[f"{m}_p"]
-    return f"{diff} [{low}, {high}] p={'–' if pd.isna(p) else f'{p:.2g}'}"
+    p = p_as_text(row[f"{m}_p"])
+    return f"{diff} [{low}, {high}] p{'' if p.startswith('<') else '='}{p}"
 
 # %% ../../nbs/5_evaluation/04_summaries.ipynb #1727f319
 def tables(
@@ -96,3 +96,34 @@ def tables(
         if len(paired):
             second[HEADINGS[m]] = [_difference_as_text(row, m) for _, row in paired.iterrows()]
     return first, second
+
+# %% ../../nbs/5_evaluation/04_summaries.ipynb #db2985bb
+def _shared(table: pd.DataFrame) -> list[str]:
+    "The columns in which all rows agree, where there are several rows."
+    return [c for c in table if len(table) > 1 and table[c].astype(str).nunique() == 1]
+
+def _fit(names: list[str], columns: list[str], widths: dict[str, int], width: int) -> list[list[str]]:
+    "Columns in groups that fit beside the names; one that never fits stands alone."
+    free = width - sum(widths[c] + 1 for c in names)
+    groups: list[list[str]] = [[]]
+    for column in columns:
+        used = sum(widths[c] + 1 for c in groups[-1])
+        if groups[-1] and used + widths[column] > free:
+            groups.append([])
+        groups[-1].append(column)
+    return groups
+
+# %% ../../nbs/5_evaluation/04_summaries.ipynb #6c62a29f
+def table_as_text(
+    table: pd.DataFrame,           # of `tables`
+    names: tuple[str, ...] = (),   # the first columns, which say what a row is
+    width: int = 100,              # most columns of text in a line
+) -> str:
+    "The table as text; columns that all rows share stand above it, and what is too wide comes in parts."
+    shared = _shared(table[[c for c in names if c != names[-1]]]) if names else []
+    heading = ", ".join(f"{c} {table[c].iloc[0]}" for c in shared)
+    kept = [c for c in names if c not in shared]
+    rest = [c for c in table if c not in names]
+    widths = {c: max(len(str(c)), *(len(str(v)) for v in table[c])) for c in table}
+    parts = [table[kept + group].to_string(index=False) for group in _fit(kept, rest, widths, width)]
+    return "\n\n".join([heading] * bool(heading) + parts)

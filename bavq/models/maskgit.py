@@ -4,19 +4,18 @@
 
 # %% ../../nbs/3_models/05_maskgit.ipynb #a62bc056
 from __future__ import annotations
-import hashlib
 import math
 from pathlib import Path
 from typing import Any
 import torch
 from torch import Tensor, nn
 from ..core.errors import BavqError, choose, require, typed
-from ..core.storage import newest_checkpoint, read_json, read_weights
+from ..core.storage import final_weights, newest_checkpoint, read_json, read_weights, state_hash
 from .priors import (GridTransformer, PixelCNN, Prior, TransformerPrior, check_grids, draw_codes,
     filter_logits, nats)
 
 # %% auto #0
-__all__ = ['MaskGIT', 'make_prior', 'load_prior', 'model_hash']
+__all__ = ['MaskGIT', 'make_prior', 'load_prior']
 
 # %% ../../nbs/3_models/05_maskgit.ipynb #7b2b7a9f
 def masked_counts(
@@ -186,8 +185,8 @@ def prior_weights(
     folder: Path,  # of a prior
 ) -> dict[str, Tensor]:
     "The final weights, or those of the newest checkpoint."
-    final = folder / "final_model.pt"
-    if final.exists():
+    final = final_weights(folder)
+    if final:
         return read_weights(final)
     state = newest_checkpoint(folder)
     if not state:
@@ -199,8 +198,4 @@ def model_hash(
     model: nn.Module,  # anything with weights
 ) -> str:
     "SHA-256 of all weights and buffers, in hexadecimal."
-    digest = hashlib.sha256()
-    for name, v in sorted(model.state_dict().items()):
-        digest.update(f"{name} {v.dtype} {list(v.shape)} ".encode())
-        digest.update(v.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    return state_hash(model.state_dict())

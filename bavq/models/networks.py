@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from ..core.errors import BavqError, require
 from ..core.registry import Registry
+from ..quantizers.base import is_module_class
 
 # %% auto #0
-__all__ = ['NETWORKS', 'ResidualBlock', 'Encoder', 'FiLM', 'Decoder', 'ConvNetwork']
+__all__ = ['NETWORKS', 'ResidualBlock', 'Encoder', 'Decoder', 'ConvNetwork']
 
 # %% ../../nbs/3_models/01_networks.ipynb #392f5448
 class ResidualBlock(nn.Module):
@@ -39,7 +40,7 @@ def check_images(
     require(
         x.is_floating_point(),
         f"images are {x.dtype}: "
-        "give floats in [-1, 1], as bavq.training.data.normalize makes them from uint8")
+        "give floats in [-1, 1], as bavq.training.images.normalize makes them from uint8")
     require(x.shape[0] > 0, "the batch holds no image: give at least one")
     require(
         x.shape[1] == channels,
@@ -173,7 +174,7 @@ class Decoder(nn.Module):
         return h
 
 # %% ../../nbs/3_models/01_networks.ipynb #14bc9235
-NETWORKS = Registry("network", "bavq.networks")
+NETWORKS = Registry("network", "bavq.networks", is_module_class, "a subclass of torch.nn.Module")
 
 @NETWORKS.register("conv")
 class ConvNetwork:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..core.errors import is_whole, require, typed
 
 # %% auto #0
-__all__ = ['Prior', 'filter_logits', 'PixelCNN', 'TransformerPrior', 'sample_levels']
+__all__ = ['Prior', 'PixelCNN', 'TransformerPrior', 'sample_levels']
 
 # %% ../../nbs/3_models/04_priors.ipynb #ae11e330
 class Prior(nn.Module):

@@ -9,8 +9,10 @@ from types import ModuleType
 from typing import Any
 import torch
 from torch import Tensor, nn
+from ..core.distributed import parallel
 from ..core.errors import BavqError, require
-from .base import (Quantized, Quantizer, full_precision, latent_rows, like_latents, quantize,
+from .base import (Freezable, Quantized, Quantizer, full_precision,
+                                  latent_rows, learns, like_latents, quantize, recomputing,
                                   register_quantizer, usage_metrics)
 from .vq_ema import VQEMAQuantizer
 
@@ -49,12 +51,14 @@ class PeerQuantizer(Quantizer):
             kmeans_init=bool(kmeans_init), threshold_ema_dead_code=threshold_ema_dead_code,
             use_cosine_sim=distance == "cosine", rotation_trick=gradient == "rotation")
 
+    codes_key = "vq._codebook.embed"
+
     @property
     def codebook(self):
         return self.vq.codebook
 
     def forward(self, z):
-        return peer_step(self, z) if self.training else quantize(self, z)
+        return peer_step(self, z) if learns(self) else quantize(self, z)
 
 # %% ../../nbs/2_quantizers/10_adapters.ipynb #4437afe1
 def peer_step(
@@ -62,6 +66,8 @@ def peer_step(
     z: Tensor,         # latents [B, D, *space] or [N, D]
 ) -> Quantized:
     "One training step of the library: its codes, loss, gradient and update; our measurements."
+    require(not recomputing(), "peer_vq would learn twice from a pass that is repeated: "
+            "leave it out of activation checkpointing, or freeze it")
     with full_precision(z):
         x = latent_rows(q, z).to(q.codebook.dtype)
         z_q, index, loss = (v.squeeze(0) for v in q.vq(x[None]))
@@ -88,11 +94,11 @@ def sequence_rows(
 def quantize_masked(
     q: nn.Module,   # any quantizer
     rows: Tensor,   # [N, D]
-    mask: Tensor,   # [N] bool: which rows count
+    mask: Tensor,   # [N] bool: which rows count, none of them maybe
 ) -> Quantized:
     "Only the rows that count are quantized; the others are zeros with index -1."
     counted = rows[mask]
-    if not len(counted):
+    if not len(counted) and not parallel():   # with others, this process takes its part in the step
         return Quantized(torch.zeros_like(rows), {}, dict(code_indices=mask.long() - 1))
     out = q(counted)
     z_q = torch.zeros_like(rows).masked_scatter(mask[:, None], out.z_q.to(rows.dtype))
@@ -101,7 +107,7 @@ def quantize_masked(
     return out._replace(z_q=z_q, metrics=out.metrics | dict(code_indices=index))
 
 # %% ../../nbs/2_quantizers/10_adapters.ipynb #73d5e449
-class VectorQuantizeAdapter(nn.Module):
+class VectorQuantizeAdapter(Freezable):
     """A quantizer of this project with the call of vector-quantize-pytorch's `VectorQuantize`.
 
     `metrics` holds what the quantizer measured in the latest call."""
@@ -171,7 +177,7 @@ def vector_quantize(
     else:
         rows, shape = sequence_rows(x, adapter.dim, adapter.channel_last)
         q = adapter.quantizer
-        out = q(rows) if mask is None else quantize_masked(q, rows, mask.flatten())
+        out = q(rows) if mask is None else quantize_masked(q, rows, checked_mask(mask, shape))
         z_q = codes_in_layout(adapter, out.z_q.view(*shape, adapter.dim))
         index = out.metrics["code_indices"].view(shape)
     adapter.metrics = out.metrics
@@ -179,6 +185,18 @@ def vector_quantize(
     if adapter.training:
         loss = sum(out.losses.values(), loss)
     return z_q.to(x.dtype), index, loss
+
+# %% ../../nbs/2_quantizers/10_adapters.ipynb #33075eee
+def checked_mask(
+    mask: Any,          # that a caller gave
+    shape: torch.Size,  # of the indices
+) -> Tensor:            # [N] bool
+    "A mask as one row, or a `BavqError` that says what is wrong with it."
+    kind = getattr(mask, "dtype", type(mask).__name__)
+    require(torch.is_tensor(mask) and mask.dtype == torch.bool, f"the mask is {kind}: give a tensor of bool")
+    given, needed = list(mask.shape), list(shape)
+    require(given == needed, f"the mask has shape {given}, the vectors {needed}: make the two equal")
+    return mask.flatten()
 
 # %% ../../nbs/2_quantizers/10_adapters.ipynb #76aa4c7f
 def as_vector_quantize(

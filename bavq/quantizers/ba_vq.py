@@ -126,25 +126,24 @@ class BAQuantizer(PreciseBuffers, EMAQuantizer):
 def update_error_scale(
     q: BAQuantizer,    # changed in place
     x: Tensor,         # latents [N, D], finite
-    nearest: Tensor,   # their nearest codes [N, D]
+    index: Tensor,     # their nearest codes [N]
     weight: Tensor,    # 1 for each latent, 0 for one that is left out [N]
-) -> None:
+) -> Tensor:               # the mean squared distance from the middle of the codes, over all processes
     "Average in the squared distance of this batch; the first one stands as it is."
-    squared_error = (x - nearest).square().sum(1) @ weight
-    total, rows = all_reduce(torch.stack([squared_error, weight.sum()]))
-    error = (total / rows).to(q.d_ref.dtype)
-    averaged = torch.where(q.d_ref > 0, q.d_ref.lerp(error, 1 - q.book.decay), error)
-    q.d_ref.copy_(torch.where(rows > 0, averaged, q.d_ref))
+    e = at_least_float32(q.codebook, x)
+    squared_error = (x - e[index]).square().sum(1) @ weight
+    squared_length = (x - middle(e)).square().sum(1) @ weight
+    total, squares, rows = all_reduce(torch.stack([squared_error, squared_length, weight.sum()]))
+    error = torch.where(rows > 0, total / rows, q.d_ref).to(q.d_ref.dtype)
+    q.d_ref.copy_(torch.where(q.d_ref > 0, q.d_ref.lerp(error, 1 - q.book.decay), error))
+    return squares / rows.clamp_min(1)
 
 def root_beta(
     q: BAQuantizer,
-    x: Tensor,       # latents [N, D], finite
-    weight: Tensor,  # 1 for each latent, 0 for one that is left out [N]
+    length: Tensor,  # mean squared distance of a latent from the middle of the codes
 ) -> Tensor:             # scalar, per unit of distance
     "√β of this step, in the units of the latents."
-    from_middle = (x - middle(at_least_float32(q.codebook))).square().sum(1)
-    rounding = 1e-6 * (from_middle @ weight) / weight.sum().clamp_min(1)
-    return q.beta.sqrt() / torch.maximum(q.d_ref, rounding).clamp_min(1e-38).sqrt()
+    return q.beta.sqrt() / torch.maximum(q.d_ref, 1e-6 * length).clamp_min(1e-38).sqrt()
 
 # %% ../../nbs/2_quantizers/05_ba_vq.ipynb #b56bd5c9
 @torch.no_grad()
@@ -157,9 +156,9 @@ def soft_em_step(
     finite, weight = learnable_rows(x)
     e = at_least_float32(q.codebook, finite)
     wins = all_reduce(weight.new_zeros(len(e)).index_add_(0, index, weight))
-    update_error_scale(q, finite, e[index], weight)
+    length = update_error_scale(q, finite, index, weight)
     q.wins.lerp_(wins.to(q.wins.dtype), 1 - q.book.decay)
-    counts, sums = soft_statistics(x, e, q.potentials, root_beta(q, finite, weight))
+    counts, sums = soft_statistics(x, e, q.potentials, root_beta(q, length))
     q.book.absorb(counts, sums)
     q.potentials.copy_(next_potentials(q.potentials, counts, q.book.counts, q.exponent))
     if q.exponent <= 0:

@@ -8,12 +8,14 @@ import contextlib
 import math
 import sys
 import time
+import weakref
+from collections import deque
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from ..core.distributed import from_first, gather_rows, is_first
+from ..core.distributed import from_first, gather_rows, is_first, parallel
 from ..core.errors import BavqError, check_keywords, choose, require, typed
 from ..core.registry import Registry
 from ..theory.metrics import code_counts, perplexity_of_counts, usage_of_counts
@@ -21,7 +23,7 @@ from ..theory.metrics import code_counts, perplexity_of_counts, usage_of_counts
 # %% auto #0
 __all__ = ['QUANTIZERS', 'squared_distances', 'nearest_code', 'straight_through', 'rotate', 'Quantized', 'QuantizerLike',
            'from_rows', 'Quantizer', 'latent_rows', 'usage_metrics', 'register_quantizer', 'VectorQuantizer',
-           'resolve_alias', 'make_quantizer']
+           'make_quantizer']
 
 # %% ../../nbs/2_quantizers/01_base.ipynb #506c36aa
 def middle(e: Tensor) -> Tensor:
@@ -375,7 +377,7 @@ def to_rows(
     shape, D = tuple(z.shape), embedding_dim
     require(z.dim() in (2, 4), f"latents have shape {shape}: give [B, D, H, W] or [N, D]")
     require(shape[1] == D, f"latents have {shape[1]} channels, the codes {D}: make the two equal")
-    require(z.numel() > 0, f"latents have shape {shape}: give at least one")
+    require(z.numel() > 0 or parallel(), f"latents have shape {shape}: give at least one")
     return z if z.dim() == 2 else z.permute(0, 2, 3, 1).reshape(-1, D)
 
 # %% ../../nbs/2_quantizers/01_base.ipynb #1e0396da
@@ -403,12 +405,41 @@ def like_latents(
 # %% ../../nbs/2_quantizers/01_base.ipynb #ee3d3707
 def check_finite(x: Tensor) -> None:
     "Raise a `BavqError` where a latent of x [N, D] is NaN or infinite. Waits for the device."
+    if not x.numel():
+        return
     extremes = torch.stack(x.detach().aminmax())
     require(bool((extremes.abs() < 1e15).all()), "latents hold NaN or infinite values, or some above 1e15, "
             "whose squares overflow: look at the learning rate, the loss and the images before this step")
 
+# %% ../../nbs/2_quantizers/01_base.ipynb #08891ca0
+def mean_squared_error(
+    x: Tensor,  # latents [N, D]
+    e: Tensor,  # their codes [N, D]
+) -> Tensor:        # a scalar
+    "The mean over latents and dimensions; 0, with its gradient, where this process has no latent."
+    return F.mse_loss(x, e) if x.numel() else (x - e).square().sum()
+
+# %% ../../nbs/2_quantizers/01_base.ipynb #5efe7f45
+class Freezable(nn.Module):
+    "A module that can be told to learn nothing, all that is inside it too."
+    frozen: bool = False   # no training step changes it
+
+    def freeze(self) -> Any:
+        "Let nothing change the codes, in training too. Gradients still reach the latents."
+        return self.requires_grad_(False)
+
+    def unfreeze(self) -> Any:
+        "Learn again."
+        return self.requires_grad_(True)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Any:
+        for part in self.modules():
+            if isinstance(part, Freezable):
+                part.frozen = not requires_grad
+        return super().requires_grad_(requires_grad)
+
 # %% ../../nbs/2_quantizers/01_base.ipynb #cccb7a36
-class LearningHooks(nn.Module):
+class LearningHooks(Freezable):
     "What a quantizer may change: where its codes are, and how they learn."
     num_embeddings: int
     embedding_dim: int
@@ -424,7 +455,7 @@ class LearningHooks(nn.Module):
 
     def losses(self, x: Tensor, e: Tensor) -> dict[str, Tensor]:
         "Weighted losses of latents x [N, D] and their codes e [N, D]: the commitment."
-        return dict(commitment_loss=self.commitment_cost * F.mse_loss(x, e.detach()))
+        return dict(commitment_loss=self.commitment_cost * mean_squared_error(x, e.detach()))
 
     def update(self, x: Tensor, index: Tensor) -> None:
         "Learn from latents [N, D] and their indices [N]; nothing, where codes learn by gradient."
@@ -439,26 +470,26 @@ class LearningHooks(nn.Module):
 # %% ../../nbs/2_quantizers/01_base.ipynb #5be7bf3a
 class QuantizerVerbs(LearningHooks):
     "What all quantizers that search a codebook do alike."
-    initialised: Tensor               # have the codes been set?
+    initialised: Tensor               # have the codes been set? 0: no
     prepare: Callable[[Tensor], Tensor]
+    codes_key: str = "embedding"      # name of the codes in the state
 
     def set_codes(self, codes: Tensor) -> None:
         "Put all codes somewhere [K, D], all of them finite; no batch sets them any more."
         check_codes(codes, self.num_embeddings, self.embedding_dim)
         self.write_codes(self.prepare(codes))
-        self.initialised.fill_(True)
+        self.initialised.fill_(1)
         self._ready = True
 
     def forward(self, z: Tensor) -> Quantized: return quantize(self, z)
     def encode(self, z: Tensor) -> Tensor: return encode(self, z)
-    def decode(self, indices: Tensor) -> Tensor: return decode(self, indices)
+    def decode(self, indices: Tensor) -> Tensor: return codes_at(self, indices)
 
     def _load_from_state_dict(self, state_dict, prefix, *more):
+        was_set = self.initialised.clone()
+        brought = brings_codes(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *more)
-        has_weights = any(k.startswith(prefix) for k in state_dict)
-        if has_weights and f"{prefix}initialised" not in state_dict:
-            self.initialised.fill_(True)
-        self._ready = bool(self.initialised)
+        record_loading(self, was_set, brought, f"{prefix}initialised" in state_dict)
 
 # %% ../../nbs/2_quantizers/01_base.ipynb #c6dfa150
 def check_codes(codes: Tensor, num_embeddings: int, embedding_dim: int) -> None:
@@ -468,6 +499,32 @@ def check_codes(codes: Tensor, num_embeddings: int, embedding_dim: int) -> None:
     require(found == wanted, f"codes have shape {found}: give [K, D], here {list(wanted)}")
     finite = codes.device.type == "meta" or bool(codes.isfinite().all())
     require(finite, "codes hold NaN or infinite values: give finite ones")
+
+# %% ../../nbs/2_quantizers/01_base.ipynb #c8a10981
+def brings_codes(
+    q: QuantizerVerbs,           # that is to be loaded
+    state: dict[str, Any],       # of the whole model
+    prefix: str,                 # of the quantizer's names in it
+) -> bool:
+    "Does a state hold this quantizer's codes, in their shape?"
+    key = q.codes_key
+    own = dict(q.named_parameters()) | dict(q.named_buffers())
+    found = state.get(prefix + key)
+    return key in own and found is not None and found.shape == own[key].shape
+
+def record_loading(
+    q: QuantizerVerbs,   # after loading
+    was_set: Tensor,     # its record before
+    brought: bool,       # did the codes come?
+    recorded: bool,      # did a record come?
+) -> None:
+    "What the record says after loading: what came with the codes, or what it said, if none came."
+    if not brought:
+        q.initialised = was_set
+    elif not recorded:
+        q.initialised.fill_(1)
+    q.initialised = q.initialised.float()
+    q._ready = bool(q.initialised)
 
 # %% ../../nbs/2_quantizers/01_base.ipynb #94e5cceb
 class Quantizer(QuantizerVerbs):
@@ -490,7 +547,7 @@ class Quantizer(QuantizerVerbs):
         self.first_codes = choose(init, INITIALIZERS, "init")
         self.prepare = choose(distance, DISTANCES, "distance")
         self.estimate = choose(gradient, ESTIMATORS, "gradient")
-        self.register_buffer("initialised", torch.zeros((), dtype=torch.bool))
+        self.register_buffer("initialised", torch.zeros((), dtype=torch.float32))
         self._ready = False
 
     def extra_repr(self):
@@ -537,7 +594,7 @@ def encode(
         return from_rows(nearest_code(x, q.codebook), z.shape)
 
 # %% ../../nbs/2_quantizers/01_base.ipynb #37e1ca79
-def decode(
+def codes_at(
     q: QuantizerLike,  # any quantizer with a codebook
     indices: Tensor,   # [B, H, W] or [N], integers from 0 to K-1
 ) -> Tensor:               # codes [B, D, H, W] or [N, D]
@@ -578,17 +635,100 @@ def quantize(
     "One forward pass: nearest codes, losses, estimator, measurements, and in training an update."
     with full_precision(z):
         x = latent_rows(q, z)
-        if q.training and not q._ready:
-            initialise(q, x.detach())
-        index = nearest_code(x, q.codebook)
-        e = F.embedding(index, q.codebook).to(x.dtype)
+        index, e = choose_codes(q, x)
         losses = q.losses(x, e)
-        z_q = e.detach()
-        if q.training:
-            z_q = q.estimate(x, e)
+        z_q = passed_on(q, x, e)
+        if learns(q) and not recomputing():
             q.update(x.detach(), index)
         metrics = usage_metrics(index, q.num_embeddings, z.shape)
         return Quantized(like_latents(z_q, z), losses, metrics | q.report())
+
+def learns(q: Any) -> bool:
+    "Does a forward pass change the codes?"
+    return q.training and not q.frozen
+
+def passed_on(
+    q: Any,     # any `Quantizer`
+    x: Tensor,  # latents [N, D]
+    e: Tensor,  # their codes [N, D]
+) -> Tensor:        # [N, D]
+    "The codes; with the estimator where a gradient is asked for."
+    estimate = q.estimate or straight_through
+    return estimate(x, e) if x.requires_grad else e.detach()
+
+# %% ../../nbs/2_quantizers/01_base.ipynb #1c14629a
+def recomputing() -> bool:
+    "Does this forward pass run inside a backward pass, as activation checkpointing does?"
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+class FirstPass:
+    "What a forward pass chose, for the pass that repeats it."
+    def __init__(self,
+        x: Tensor,      # latents [N, D]
+        index: Tensor,  # their codes' indices [N]
+        e: Tensor,      # their codes [N, D]
+    ):
+        self.x, self.index, self.e = x.detach(), index, e.detach()
+
+class FirstPasses:
+    "Those of one quantizer that may be repeated."
+    def __init__(self) -> None:
+        self.with_graph: weakref.WeakSet[FirstPass] = weakref.WeakSet()   # kept by their graph
+        self.without: deque[FirstPass] = deque(maxlen=4)
+
+FIRST_PASSES: weakref.WeakKeyDictionary[nn.Module, FirstPasses] = weakref.WeakKeyDictionary()
+
+# %% ../../nbs/2_quantizers/01_base.ipynb #be78c5a5
+def remember(
+    q: Any,         # any `Quantizer`
+    x: Tensor,      # latents [N, D]
+    index: Tensor,  # [N]
+    e: Tensor,      # their codes [N, D]
+) -> None:
+    "Keep what this pass chose for as long as a backward pass may ask for it."
+    passes = FIRST_PASSES.setdefault(q, FirstPasses())
+    kept = FirstPass(x, index, e)
+    if x.grad_fn is None:
+        passes.without.append(kept)
+    else:
+        x.grad_fn.metadata[kept] = kept
+        passes.with_graph.add(kept)
+
+# %% ../../nbs/2_quantizers/01_base.ipynb #20864b38
+@torch.no_grad()
+def first_pass(
+    q: Any,     # any `Quantizer`
+    x: Tensor,  # latents [N, D] of a repeated pass
+) -> FirstPass:
+    "What the pass that this one repeats has chosen. Waits for the device."
+    passes = FIRST_PASSES.get(q, FirstPasses())
+    alike = [p for p in (*passes.with_graph, *passes.without) if p.x.shape == x.shape]
+    apart = [float((p.x - x).square().sum()) for p in alike]
+    near = 1e-4 * float(x.square().sum()) + 1e-30
+    found = bool(apart) and min(apart) <= near
+    require(found, "a checkpointed forward pass is repeated, but what it chose at first is not known any more: "
+            "call backward before further passes, or use_reentrant=False")
+    return alike[apart.index(min(apart))]
+
+# %% ../../nbs/2_quantizers/01_base.ipynb #b5579cd2
+def choose_codes(
+    q: Any,     # any `Quantizer`
+    x: Tensor,  # latents [N, D]
+) -> tuple[Tensor, Tensor]:   # index [N], codes [N, D]
+    "The nearest code of each latent; in a pass that is repeated, the code of the first time."
+    moves = learns(q) and type(q).update is not LearningHooks.update
+    again = moves and recomputing()
+    if learns(q) and not q._ready and not again:
+        initialise(q, x.detach())
+    codes = q.codebook
+    first = first_pass(q, x) if again else None
+    index = nearest_code(x, codes) if first is None else first.index
+    e = F.embedding(index, codes).to(x.dtype)
+    if first is not None:
+        return index, first.e + (e - e.detach()) if e.requires_grad else first.e
+    if moves and not torch.compiler.is_compiling():
+        remember(q, x, index, e)
+    return index, e
 
 # %% ../../nbs/2_quantizers/01_base.ipynb #ba83e2d9
 @torch.no_grad()
@@ -597,15 +737,16 @@ def set_first_codes(
     x: Tensor,  # the first training latents [N, D]
 ) -> None:
     "Set the codes from the latents of all processes, the same ones on every process."
-    if q.initialised:   # by another process, which sent its buffers
+    if q.initialised:   # by another process, which sent its buffers, or in a copy that averages
         q._ready = True
         return
     check_finite(x)
     rows = gather_rows(x)
-    codes = rows.new_empty(q.num_embeddings, rows.shape[1])
-    if is_first():
-        codes = q.first_codes(rows, q.num_embeddings).contiguous()
-    q.set_codes(from_first(codes))
+    if len(rows):
+        codes = rows.new_empty(q.num_embeddings, rows.shape[1])
+        if is_first():
+            codes = q.first_codes(rows, q.num_embeddings).contiguous()
+        q.set_codes(from_first(codes))
 
 # %% ../../nbs/2_quantizers/01_base.ipynb #9446a6f2
 def initialise(
@@ -618,14 +759,60 @@ def initialise(
     else:
         set_first_codes(q, x)
 
+# %% ../../nbs/2_quantizers/01_base.ipynb #97598418
+def is_module_class(thing: Any) -> bool:
+    "Is it a class of modules, which may be made from a name in a configuration?"
+    return isinstance(thing, type) and issubclass(thing, nn.Module)
+
 # %% ../../nbs/2_quantizers/01_base.ipynb #bca37685
-QUANTIZERS = Registry("quantizer", "bavq.quantizers")
+QUANTIZERS = Registry("quantizer", "bavq.quantizers", is_module_class, "a subclass of torch.nn.Module")
 
 def register_quantizer(
     name: str,  # that configurations, comparisons and the command line will use; refused where it is taken
 ) -> Callable:
     "Decorator of a class, or of a function that takes K and D: the quantizer is found by this name."
     return QUANTIZERS.register(name)
+
+# %% ../../nbs/2_quantizers/01_base.ipynb #4f9bdb00
+@torch.no_grad()
+def write_parameter(
+    q: nn.Module,   # whose parameter it is
+    name: str,      # of it
+    codes: Tensor,  # its values, the same on every process
+) -> None:
+    "Write a parameter in place, also one that FSDP2 has split over processes."
+    parameter = q.get_parameter(name)
+    if hasattr(parameter, "placements"):   # outside a forward pass of FSDP2
+        write_part(parameter, codes)
+        return
+    parameter.copy_(codes)
+    if getattr(q, "_is_fsdp_managed_module", False):
+        write_part(split_parameter(q, name), codes)
+
+def write_part(
+    parameter: Any,  # a DTensor [K, D]
+    codes: Tensor,   # [K, D]
+) -> None:
+    "Write this process's part of a parameter that is split."
+    from torch.distributed.tensor import distribute_tensor
+    codes = codes.to(parameter.dtype)
+    parameter.copy_(distribute_tensor(codes, parameter.device_mesh, parameter.placements))
+
+# %% ../../nbs/2_quantizers/01_base.ipynb #d759267c
+def split_parameter(q: nn.Module, name: str) -> Any:
+    "What FSDP2 keeps of a parameter between passes; a `BavqError` where this PyTorch does not tell."
+    try:
+        from torch.distributed._composable_state import _module_state_mapping
+        states = [state for state in (ref() for ref in list(_module_state_mapping.values())) if state]
+        for state in states:
+            for group in getattr(state, "_fsdp_param_groups", ()):
+                for kept in group.fsdp_params:
+                    if kept._module_info.module is q and kept._module_info.param_name == name:
+                        return kept.sharded_param
+    except (ImportError, AttributeError):
+        pass
+    raise BavqError("this PyTorch does not tell how fully_shard has split the codes: "
+                    "set them before it, with set_codes or one batch in training mode")
 
 # %% ../../nbs/2_quantizers/01_base.ipynb #54944070
 @register_quantizer("vq")
@@ -646,8 +833,10 @@ class VectorQuantizer(Quantizer):
 
     @property
     def codebook(self) -> Tensor: return self.prepare(self.embedding)
-    def write_codes(self, codes): self.embedding.data.copy_(codes)
-    def losses(self, x, e): return dict(codebook_loss=F.mse_loss(e, x.detach()), **super().losses(x, e))
+    def write_codes(self, codes): write_parameter(self, "embedding", codes)
+
+    def losses(self, x, e):
+        return dict(codebook_loss=mean_squared_error(e, x.detach()), **super().losses(x, e))
 
 # %% ../../nbs/2_quantizers/01_base.ipynb #72efd276
 def read_option(value: Any) -> Any:

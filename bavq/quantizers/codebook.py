@@ -6,13 +6,14 @@
 from __future__ import annotations
 from collections.abc import Callable
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from ..core.distributed import all_reduce, from_first, row_place
+from ..core.distributed import all_reduce, from_first, parallel, row_counts
 from ..core.errors import require, typed
 from .base import Quantizer, at_least_float32, finite_rows, init_uniform
 
 # %% auto #0
-__all__ = ['hard_statistics', 'EMACodebook', 'revive', 'EMAQuantizer']
+__all__ = ['EMACodebook', 'revive', 'EMAQuantizer']
 
 # %% ../../nbs/2_quantizers/03_codebook.ipynb #27b34d3b
 def learnable_rows(
@@ -74,6 +75,12 @@ class EMACodebook(PreciseBuffers):
         self.sums.copy_(codes)
         self.counts.fill_(1)
 
+    def _load_from_state_dict(self, state_dict, prefix, *more):
+        super()._load_from_state_dict(state_dict, prefix, *more)
+        statistics_came = {prefix + "counts", prefix + "sums"} <= set(state_dict)
+        if prefix + "codes" in state_dict and not statistics_came:
+            self.set(self.codes.clone())
+
     def absorb(self, counts: Tensor, sums: Tensor) -> None:
         "Average in one batch's counts [K] and sums [K, D]."
         absorb(self, counts, sums)
@@ -99,19 +106,49 @@ def absorb(
     book.codes.copy_(torch.where(got_latents, means, book.codes))
 
 # %% ../../nbs/2_quantizers/03_codebook.ipynb #fa918077
+def spread_places(
+    n: int,         # how many
+    total: Tensor,  # of how many rows, a scalar on the device
+) -> Tensor:            # [n] int64, from 0 to total-1
+    "A random place in each n-th part of the rows, in random order: none twice, where there are n rows."
+    part = torch.randperm(n, device=total.device)
+    first = part * total // n
+    width = ((part + 1) * total // n - first).clamp_min(1)
+    within = torch.minimum((torch.rand(n, device=total.device) * width).long(), width - 1)
+    turn = (torch.rand((), device=total.device) * total).long()   # else rows of small parts came more often
+    return (first + within + turn) % total.clamp_min(1)
+
+# %% ../../nbs/2_quantizers/03_codebook.ipynb #7a068e2e
 def sample_rows(
-    x: Tensor,  # this process's latents [N, D]
+    x: Tensor,  # this process's latents [N, D], N may be 0
     n: int,     # how many to draw
-) -> Tensor:        # [n, D], the same on every process
+) -> Tensor:        # [n, D], the same on every process; NaN where no process has a latent
     "Latents drawn at random from those of all processes; none twice where there are enough."
-    start, size = row_place(x)
-    if n <= size:
-        pick = torch.randperm(size, device=x.device)[:n]
-    else:
-        pick = torch.randint(size, (n,), device=x.device)
-    pick = from_first(pick) - start
-    mine = (0 <= pick) & (pick < len(x))
-    return all_reduce(x[pick.clamp(0, len(x) - 1)] * mine[:, None])
+    counts = row_counts(x)
+    rank = dist.get_rank() if parallel() else 0
+    place = from_first(spread_places(n, counts.sum())) - counts[:rank].sum()
+    mine = (0 <= place) & (place < len(x))
+    held = x if len(x) else x.new_zeros(1, x.shape[1])
+    rows = held[place.clamp(0, len(held) - 1)]
+    rows = all_reduce(torch.where(mine[:, None], rows, 0.0))
+    return torch.where(counts.sum() > 0, rows, torch.nan)
+
+# %% ../../nbs/2_quantizers/03_codebook.ipynb #43b9faf3
+def rows_for_codes(
+    moves: Tensor,  # the codes that should move [K] bool
+    rows: Tensor,   # where to [M, D]
+) -> tuple[Tensor, Tensor]:   # a place for each code [K, D], the codes that do move [K] bool
+    "A row for each code that should move, as far as they go; which codes come first is random."
+    order = from_first(torch.randperm(len(moves), device=moves.device))
+    turn = torch.empty_like(order)
+    turn[order] = moves[order].cumsum(0) - 1
+    places = rows[turn.clamp(0, len(rows) - 1)]
+    return places, moves & (turn < len(rows)) & places.isfinite().all(1)
+
+# %% ../../nbs/2_quantizers/03_codebook.ipynb #bc12f395
+def revived_at_once(num_embeddings: int) -> int:
+    "How many codes a step can revive, M: it sends so many rows between processes."
+    return min(num_embeddings, max(64, num_embeddings // 16))
 
 # %% ../../nbs/2_quantizers/03_codebook.ipynb #58aad21f
 @torch.no_grad()
@@ -123,13 +160,12 @@ def revive(
     wins: Tensor | None = None,        # running wins [K], changed in place; None: the counts are the wins
     potentials: Tensor | None = None,  # of the codes [K], changed in place; one that moves gets their mean
 ) -> None:
-    "Move codes that win too little to latents of the batch, with all that belongs to them."
+    "Move codes that win too little to latents of the batch, with all that belongs to them; never waits."
     if below <= 0:
         return
     shares = book.counts if wins is None else wins
-    moves = shares < below * shares.mean()
-    place = sample_rows(x, len(book.codes))
-    moves = moves & finite_rows(place)   # not to a latent that is NaN or infinite
+    rows = sample_rows(x, revived_at_once(len(book.codes)))
+    place, moves = rows_for_codes(shares < below * shares.mean(), rows)
     count = at * book.counts.mean()
     book.codes.copy_(torch.where(moves[:, None], place, book.codes))
     book.counts.copy_(torch.where(moves, count, book.counts))
@@ -142,6 +178,8 @@ def revive(
 # %% ../../nbs/2_quantizers/03_codebook.ipynb #26892dc6
 class EMAQuantizer(Quantizer):
     "A quantizer whose codes are an `EMACodebook`; subclasses say what a batch does to it."
+    codes_key = "book.codes"
+
     @typed
     def __init__(self,
         num_embeddings: int,                 # K, number of codes

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from ..core.distributed import own_generator
 from ..core.errors import BavqError, is_whole, require, typed
-from .base import (Quantized, at_least_float32, check_indices, from_rows, full_precision,
-                                  like_latents, make_quantizer, register_quantizer, to_rows)
+from .base import (Freezable, Quantized, at_least_float32, check_indices, from_rows,
+                                  full_precision, like_latents, make_quantizer, register_quantizer, to_rows)
 from ..theory.metrics import perplexity_of_counts
 
 # %% auto #0
@@ -69,7 +70,7 @@ def even_sizes(K: int, count: int) -> list[int]:
 # %% ../../nbs/2_quantizers/07_composite.ipynb #10c6358b
 MAX_CODES = 2**24  # a histogram of them is 128 MB
 
-def check_parts(
+def check_part_counts(
     num_embeddings: int,  # K
     parts: Any,           # how many, or the codes of each
 ) -> None:
@@ -91,7 +92,7 @@ def part_sizes(
 ) -> tuple[int, ...]:     # their product is K
     "The codes of each part: those given, or nearly equal ones, the largest first."
     K = int(num_embeddings)
-    check_parts(K, parts)
+    check_part_counts(K, parts)
     if not isinstance(parts, (tuple, list)):
         return tuple(even_sizes(K, int(parts)))
     sizes = [int(p) for p in parts]
@@ -106,6 +107,8 @@ def run_counts(
     index: Tensor,  # [N] integers
 ) -> Tensor:       # [N]: how often each index that occurs does, then zeros
     "Counts of the indices there are, whatever K, in memory of order N."
+    if not index.numel():
+        return torch.zeros_like(index)
     s = index.sort().values
     run = F.pad((s[1:] != s[:-1]).long().cumsum(0), (1, 0))
     return torch.zeros_like(s).scatter_add_(0, run, torch.ones_like(s))
@@ -121,7 +124,7 @@ def batch_usage(
     return dict(perplexity=perplexity_of_counts(counts), usage_rate=usage_rate)
 
 # %% ../../nbs/2_quantizers/07_composite.ipynb #42d1359c
-class Sharing(nn.Module):
+class Sharing(Freezable):
     "How parts share latents: the three methods that a composite brings."
     parts: Any  # an nn.ModuleList of quantizers
 
@@ -359,7 +362,7 @@ def quantize_residuals(
         codes.append(e if keep is None else e * (level < keep))
         outs.append(out)
     z_q = q.put_together(codes)
-    if q.training and q.estimate is not None:
+    if q.estimate is not None and x.requires_grad:
         z_q = q.estimate(x, z_q)
     return z_q, add_losses([out.losses for out in outs]), outs
 
@@ -369,11 +372,11 @@ def kept_levels(
     x: Tensor,          # latents [N, D]
     shape: torch.Size,  # of the latents
 ) -> Tensor | None:     # [N, 1]; None: all of them
-    "The number of levels that reach the decoder, for each row."
+    "The number of levels that reach the decoder, for each row; drawn by each process for itself."
     if not q.training or q.dropout == 0:
         return None
-    images = shape[0]
-    keep = torch.randint(1, len(q.parts) + 1, (images,), device=x.device)
-    dropped = torch.rand(images, device=x.device) < q.dropout
+    images, own = shape[0], own_generator(x.device)
+    keep = torch.randint(1, len(q.parts) + 1, (images,), device=x.device, generator=own)
+    dropped = torch.rand(images, device=x.device, generator=own) < q.dropout
     keep = torch.where(dropped, keep, len(q.parts))
-    return keep.repeat_interleave(len(x) // images)[:, None]
+    return keep.repeat_interleave(len(x) // max(1, images))[:, None]

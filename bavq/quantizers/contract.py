@@ -53,6 +53,16 @@ def _rule_gradient(q, z):
     passes = bool(g.isfinite().all() and g.abs().sum() > 0)
     require(passes, "no finite gradient reaches z: estimate it, for instance with straight_through")
 
+# %% ../../nbs/2_quantizers/11_contract.ipynb #13b014ff
+def _rule_gradient_in_eval(q, z):
+    "in evaluation too a gradient reaches z through z_q"
+    z = z.clone().requires_grad_(True)
+    z_q = q.eval()(z).z_q
+    g = torch.autograd.grad(z_q.sum(), z, allow_unused=True)[0] if z_q.requires_grad else None
+    passes = g is not None and bool(g.isfinite().all() and g.abs().sum() > 0)
+    require(passes, "in evaluation no gradient reaches z through z_q: an encoder before a frozen quantizer would "
+            "learn nothing from the decoder; estimate wherever z.requires_grad")
+
 # %% ../../nbs/2_quantizers/11_contract.ipynb #5bca56e8
 def _rule_round_trip(q, z):
     "in evaluation z_q is decode(encode(z)) to the bit"
@@ -108,6 +118,43 @@ def _rule_state_dict(q, z):
     alike = same_indices and not changed_state(twin, q.state_dict())
     require(alike, "a copy loaded from state_dict gives other indices or learns otherwise: "
             "keep all state in parameters and buffers")
+
+# %% ../../nbs/2_quantizers/11_contract.ipynb #2998275b
+def gradients_and_state(q, z: Tensor, checkpointed: dict | None) -> tuple[list[Tensor], dict[str, Tensor]]:
+    "What one training step leaves, with activation checkpointing or without."
+    from torch.utils.checkpoint import checkpoint
+    q, z = copy.deepcopy(q).train(), z.clone().requires_grad_(True)
+
+    def loss(v):
+        z_q, losses, _ = q(v)
+        return (z_q * v.detach().sin()).sum() + sum(losses.values())
+
+    torch.manual_seed(0)
+    (loss(z) if checkpointed is None else checkpoint(loss, z, **checkpointed)).backward()
+    grads = [v.grad for v in (z, *q.parameters()) if v.grad is not None]
+    return grads, q.state_dict()
+
+# %% ../../nbs/2_quantizers/11_contract.ipynb #8f1ecb43
+def _rule_repeated_pass(q, z):
+    "a pass that is repeated in the backward pass changes nothing, and gives the same gradients"
+    grads, state = gradients_and_state(q, z, None)
+    for reentrant in (False, True):
+        grads_again, state_again = gradients_and_state(q, z, dict(use_reentrant=reentrant))
+        same = len(grads) == len(grads_again) and all(map(torch.allclose, grads, grads_again))
+        once = all(torch.equal(v, state_again[k]) for k, v in state.items())
+        require(same and once, "activation checkpointing changes the gradients or the state: "
+                "learn nothing from a pass in which 01_base's recomputing() is true, and use the first one's codes")
+
+def _rule_frozen(q, z):
+    "frozen, it learns nothing in training"
+    if not hasattr(q, "freeze"):
+        return
+    frozen = copy.deepcopy(q).train()
+    frozen.freeze()
+    before = copy.deepcopy(frozen.state_dict())
+    frozen(z)
+    changed = changed_state(frozen, before) + [k for k, p in frozen.named_parameters() if p.requires_grad]
+    require(not changed, f"frozen, it still changes {', '.join(changed)}: update only where learns(q) is true")
 
 # %% ../../nbs/2_quantizers/11_contract.ipynb #7de98d9c
 def _rule_precision(q, z):
@@ -170,9 +217,9 @@ def _rule_zero(q, z):
     require(like_others, "a latent of zero has a huge gradient: do not divide by its length")
 
 # %% ../../nbs/2_quantizers/11_contract.ipynb #17d7ffce
-RULES = (_rule_shapes, _rule_gradient, _rule_round_trip, _rule_batch_mates, _rule_eval_keeps_state,
-         _rule_state_dict, _rule_precision, _rule_as_latents, _rule_half, _rule_bad_latents, _rule_no_wait,
-         _rule_anneal, _rule_zero)
+RULES = (_rule_shapes, _rule_gradient, _rule_gradient_in_eval, _rule_round_trip, _rule_batch_mates,
+         _rule_eval_keeps_state, _rule_state_dict, _rule_precision, _rule_as_latents, _rule_no_wait,
+         _rule_half, _rule_bad_latents, _rule_anneal, _rule_zero, _rule_repeated_pass, _rule_frozen)
 MEMBERS = ("encode", "decode", "codebook", "num_embeddings", "embedding_dim", "anneal")
 
 # %% ../../nbs/2_quantizers/11_contract.ipynb #cda053ee

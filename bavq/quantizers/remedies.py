@@ -10,19 +10,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from ..core.distributed import all_reduce, from_first, parallel
+from ..core.distributed import all_reduce, from_first, parallel, row_counts
 from ..core.errors import choose, require, typed
-from .base import (Quantized, Quantizer, VectorQuantizer, at_least_float32,
+from .base import (Freezable, Quantized, Quantizer, VectorQuantizer, at_least_float32,
                                   full_precision, latent_rows, register_quantizer, squared_distances)
 from .codebook import EMACodebook, hard_statistics, learnable_rows, revive
 from .schedules import geometric
 from .vq_ema import VQEMAQuantizer
 
 # %% auto #0
-__all__ = ['Wrapped', 'entropy_term', 'WithLosses', 'with_losses', 'ramp', 'Scheduled', 'scheduled', 'GrowingQuantizer']
+__all__ = ['entropy_term', 'WithLosses', 'with_losses', 'ramp', 'Scheduled', 'scheduled', 'GrowingQuantizer']
 
 # %% ../../nbs/2_quantizers/09_remedies.ipynb #c1b0128c
-class Wrapped(nn.Module):
+class Wrapped(Freezable):
     "A quantizer around another: everything is the inner one's, until a subclass changes it."
     base: Any  # a quantizer
     _own = frozenset({"training", "base", "terms", "schedules", "factors"})  # not those of the inner one
@@ -61,15 +61,18 @@ class Wrapped(nn.Module):
             return getattr(self.base, name)
 
 # %% ../../nbs/2_quantizers/09_remedies.ipynb #e7d65b63
-def over_processes(
-    mean: Tensor,           # of this process
+def mean_over_processes(
+    v: Tensor,              # [N, …], N may differ between processes and be 0
     together: bool = True,  # False in evaluation, where processes take no turns
-) -> Tensor:
-    "The mean over all processes; backward, this process's share of it (gradients are averaged after that)."
+) -> Tensor:                # […]
+    "The mean of all processes' rows; backward, this process's share of it (gradients are averaged after that)."
     if not (together and parallel()):
-        return mean
-    of_all = all_reduce(mean.detach().clone()) / dist.get_world_size()
-    return mean + (of_all - mean.detach())
+        return v.mean(0)
+    rows = row_counts(v).sum().clamp_min(1)
+    own = v.sum(0) / rows
+    of_all = all_reduce(own.detach().clone())
+    share = dist.get_world_size() * own
+    return share + (of_all - share.detach())
 
 # %% ../../nbs/2_quantizers/09_remedies.ipynb #63565121
 def log_assignments(
@@ -80,9 +83,9 @@ def log_assignments(
 ) -> Tensor:                # log P(k|z) [N, K]; this table is held for the backward pass
     "Soft assignments by distance, as logarithms."
     d = squared_distances(x, e)
-    nearest = over_processes(d.detach().amin(1).mean(), together)
-    rounding = 1e-6 * x.detach().square().sum(1).mean()
-    d_ref = torch.maximum(nearest, rounding).clamp_min(1e-20)
+    sizes = torch.stack([d.detach().amin(1), x.detach().square().sum(1)], 1)
+    nearest, length = mean_over_processes(sizes, together)
+    d_ref = torch.maximum(nearest, 1e-6 * length).clamp_min(1e-20)
     return torch.log_softmax(-sharpness / d_ref * d, 1)
 
 # %% ../../nbs/2_quantizers/09_remedies.ipynb #1a097f26
@@ -92,8 +95,9 @@ def entropies(
 ) -> tuple[Tensor, Tensor]:   # H(Q) and H(K|Z), in nats
     "How evenly the codes are used, and how unclearly each latent chooses."
     P = log_P.exp()
-    Q = over_processes(P.mean(0), together)
-    return -(Q * Q.clamp_min(1e-10).log()).sum(), -(P * log_P).sum(1).mean()
+    Q = mean_over_processes(P, together)
+    unclear = mean_over_processes(-(P * log_P).sum(1), together)
+    return -(Q * Q.clamp_min(1e-10).log()).sum(), unclear
 
 # %% ../../nbs/2_quantizers/09_remedies.ipynb #ac0e8010
 @typed
@@ -241,7 +245,7 @@ def repeated(
 # %% ../../nbs/2_quantizers/09_remedies.ipynb #2ccdb731
 class GrowingQuantizer(Quantizer):
     "The first codes of a quantizer, more and more of them. `num_embeddings` counts those there are."
-    active_codes: Tensor  # how many there are
+    active_codes: Tensor  # how many there are, a number that copies can average
     wins: Tensor          # running count of each code's wins [K]
 
     def __init__(self,
@@ -254,13 +258,18 @@ class GrowingQuantizer(Quantizer):
             start, base.embedding_dim, base.commitment_cost, base.init, base.distance, base.gradient)
         self.base: Any = base
         self.size = geometric(int(start), base.num_embeddings, until)
-        self.register_buffer("active_codes", torch.tensor(int(start)))
+        self.codes_key = f"base.{base.codes_key}"
+        self.register_buffer("active_codes", torch.tensor(float(start), dtype=torch.float32))
         self.register_buffer("wins", torch.ones(base.num_embeddings))
 
     @property
+    def num_embeddings(self): return active_size(self)
+    @num_embeddings.setter
+    def num_embeddings(self, n): self._size = n
+    @property
     def codebook(self): return self.base.codebook[:self.num_embeddings]
     def losses(self, x, e): return self.base.losses(x, e)
-    def report(self): return self.base.report() | dict(active_codes=self.active_codes.clone())
+    def report(self): return self.base.report() | dict(active_codes=self.active_codes.long())
     def update(self, x, index): learn_growing(self, x, index)
     def anneal(self, progress): grow_until(self, progress)
 
@@ -269,7 +278,20 @@ class GrowingQuantizer(Quantizer):
 
     def _load_from_state_dict(self, *args):
         super()._load_from_state_dict(*args)
-        self.num_embeddings = int(self.active_codes)
+        self._size = round(float(self.active_codes))
+
+    def train(self, mode=True):
+        if self.active_codes.device.type != "meta":
+            self._size = round(float(self.active_codes))
+        return super().train(mode)
+
+# %% ../../nbs/2_quantizers/09_remedies.ipynb #64b54c38
+def active_size(q: GrowingQuantizer) -> int:
+    "How many codes there are: the buffer says it; on an accelerator, what it said at the latest train or eval."
+    active = q._buffers.get("active_codes")
+    if active is not None and active.device.type == "cpu":
+        q._size = round(float(active))
+    return q._size
 
 # %% ../../nbs/2_quantizers/09_remedies.ipynb #d564dc59
 def first_codes(
@@ -313,7 +335,8 @@ def grow(
     split_codes(q.base, parents, slice(n, m))
     q.wins[parents] *= 0.5
     q.wins[n:m] = q.wins[parents]
-    q.num_embeddings = int(q.active_codes.fill_(m))
+    q.active_codes.fill_(m)
+    q.num_embeddings = m
 
 # %% ../../nbs/2_quantizers/09_remedies.ipynb #4c7bf327
 def grow_until(
@@ -323,7 +346,7 @@ def grow_until(
     "Split codes until there are as many as there should be by now."
     q.base.anneal(progress)
     size = int(q.size(progress) + 1e-6)
-    while q._ready and q.num_embeddings < size:
+    while q._ready and not q.frozen and q.num_embeddings < size:
         grow(q, size)
 
 # %% ../../nbs/2_quantizers/09_remedies.ipynb #7412935a

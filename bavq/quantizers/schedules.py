@@ -10,7 +10,7 @@ from functools import partial
 from ..core.errors import is_number, require
 
 # %% auto #0
-__all__ = ['constant', 'geometric', 'cosine', 'as_schedule']
+__all__ = ['constant', 'geometric', 'cosine']
 
 # %% ../../nbs/2_quantizers/02_schedules.ipynb #991f71db
 Schedule = Callable[[float], float]   # progress, 0 to 1 -> value

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from ..core.distributed import all_reduce
+from ..core.distributed import all_reduce, own_generator
 from ..core.errors import BavqError, choose, is_number, require, typed
-from .base import (Quantized, Quantizer, at_least_float32, check_finite, check_indices,
-                                  from_rows, full_precision, init_uniform, initialise, latent_rows,
-                                  like_latents, quantize, register_quantizer, squared_distances,
-                                  straight_through)
+from .base import (Freezable, Quantized, Quantizer, at_least_float32, check_finite,
+                                  check_indices, from_rows, full_precision, init_uniform, initialise,
+                                  latent_rows, like_latents, quantize, register_quantizer,
+                                  squared_distances, straight_through, write_parameter)
 from .composite import (all_codes, batch_usage, join_indices, part_sizes, precise_rows,
                                        prime_factors, split_indices)
 from .schedules import as_schedule
@@ -66,7 +66,7 @@ class GumbelQuantizer(Quantizer):
 
     @property
     def codebook(self): return self.prepare(self.embedding)
-    def write_codes(self, codes): self.embedding.data.copy_(codes)
+    def write_codes(self, codes): write_parameter(self, "embedding", codes)
     def anneal(self, progress): self.temperature.fill_(self.schedule(progress))
     def report(self): return dict(temperature=self.temperature.clone())
     def forward(self, z): return quantize_by_drawing(self, z) if self.training else quantize(self, z)
@@ -83,17 +83,26 @@ def quantize_by_drawing(
     "One training pass: draws, blends, and the commitment to them."
     with full_precision(z):
         x = latent_rows(q, z)
-        if not q._ready:
+        if not q._ready and not q.frozen:
             initialise(q, x.detach())
         e = at_least_float32(q.codebook, x)
         d = squared_distances(x, e)
-        y = F.gumbel_softmax(-d / (q.temperature * mean_nearest_distance(x, d)))
+        y = drawn_weights(-d / (q.temperature * mean_nearest_distance(x, d)))
         index = y.argmax(1)
         blend = y @ (e.detach() if q.hard else e)
         z_q = F.embedding(index, e) + (blend - blend.detach()) if q.hard else blend
         metrics = batch_usage(index, q.num_embeddings) | q.report()
         metrics["code_indices"] = from_rows(index, z.shape)
         return Quantized(like_latents(z_q, z), q.losses(x, blend), metrics)
+
+# %% ../../nbs/2_quantizers/08_searchless.ipynb #c7b736ac
+def drawn_weights(
+    logits: Tensor,  # [N, K]
+) -> Tensor:             # [N, K], rows sum to 1
+    "Softmax of the logits and Gumbel noise, other noise in each process."
+    own = own_generator(logits.device)
+    noise = -torch.empty_like(logits).exponential_(generator=own).log()
+    return (logits + noise).softmax(-1)
 
 # %% ../../nbs/2_quantizers/08_searchless.ipynb #131f980c
 def mean_nearest_distance(
@@ -102,9 +111,9 @@ def mean_nearest_distance(
 ) -> Tensor:
     "d_ref: the mean squared distance to the nearest code, over all processes."
     x = x.detach()
-    sums = torch.stack([d.detach().amin(1).sum(), x.square().sum(), x.new_tensor(float(len(x)))])
+    sums = torch.stack([d.detach().amin(1).sum(), x.square().sum(), x.new_full((), float(len(x)))])
     near, all_norms, n = all_reduce(sums)
-    return torch.maximum(near, 1e-6 * all_norms) / n + 1e-20
+    return torch.maximum(near, 1e-6 * all_norms) / n.clamp_min(1) + 1e-20
 
 # %% ../../nbs/2_quantizers/08_searchless.ipynb #dd144ed2
 def bound(
@@ -147,7 +156,7 @@ def default_levels(
 
 # %% ../../nbs/2_quantizers/08_searchless.ipynb #169f77f4
 @register_quantizer("fsq")
-class FSQQuantizer(nn.Module):
+class FSQQuantizer(Freezable):
     "Bounded numbers, rounded (Mentzer et al. 2023). No codebook is learned or searched."
     levels: Tensor  # L of each dimension [d]
 
@@ -197,7 +206,8 @@ def round_latents(
         z_q = project(q.project_out, rounded).to(q.levels.dtype)
         digits = (inside.detach().round() + q.levels // 2).long()
         metrics = level_metrics(q, list(digits.unbind(1)), z.shape)
-        return Quantized(like_latents(z_q if q.training else z_q.detach(), z), {}, metrics)
+        asked = q.training or z.requires_grad
+        return Quantized(like_latents(z_q if asked else z_q.detach(), z), {}, metrics)
 
 # %% ../../nbs/2_quantizers/08_searchless.ipynb #15749265
 def project(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from ..core.errors import require
 
 # %% auto #0
-__all__ = ['TIMED', 'load_bench', 'ratio', 'seconds_table', 'exponent_of', 'draw_steps']
+__all__ = ['load_bench', 'seconds_table']
 
 # %% ../../nbs/6_studies/04_speed.ipynb #3351bc7d
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from ..theory.rate_distortion import blahut_arimoto_codebook
 from ..training.experiments import ANSWER
 
 # %% auto #0
-__all__ = ['FAMILY', 'ABLATIONS', 'family_configs', 'Change', 'ablation_configs', 'redundant_codes', 'deletion']
+__all__ = ['ABLATIONS', 'family_configs', 'ablation_configs']
 
 # %% ../../nbs/6_studies/03_variants.ipynb #8d7aaa60
 _BASE = {"decay": "0.95"}

@@ -14,9 +14,9 @@ from ..core.distributed import all_reduce, parallel
 from ..core.errors import brief, choose, is_whole, require, typed
 
 # %% auto #0
-__all__ = ['PSNR_CONVENTIONS', 'psnr_from_mse', 'to_unit', 'image_errors', 'compute_psnr', 'ReconstructionMeter', 'code_counts',
-           'compute_entropy', 'compute_entropy_bits', 'perplexity_of_counts', 'usage_of_counts', 'dead_codes',
-           'compute_perplexity', 'compute_usage_rate', 'CodeMeter', 'effective_rank', 'LossMeter']
+__all__ = ['PSNR_CONVENTIONS', 'compute_psnr', 'ReconstructionMeter', 'code_counts', 'compute_entropy', 'compute_entropy_bits',
+           'perplexity_of_counts', 'usage_of_counts', 'dead_codes', 'compute_perplexity', 'compute_usage_rate',
+           'CodeMeter', 'effective_rank']
 
 # %% ../../nbs/1_theory/03_metrics.ipynb #5bfc6c81
 def psnr_from_mse(
@@ -42,7 +42,7 @@ def image_errors(
     y: Tensor,  # [B, C, H, W] reconstructions, nominally in [-1, 1]
 ) -> Tensor:    # [B, 3]
     "Mean squared errors of each image: clamped on [0, 1]; its luma; raw on [-1, 1]."
-    _check_images(x, y)
+    _check_pair(x, y)
     u, v = to_unit(x), to_unit(y)
     errors = (u - v, _luma(u) - _luma(v), _double(x) - _double(y))
     return torch.stack([e.square().flatten(1).mean(1) for e in errors], 1)
@@ -56,7 +56,7 @@ def _luma(u: Tensor) -> Tensor:
     return (u * weights).sum(1, keepdim=True)
 
 # %% ../../nbs/1_theory/03_metrics.ipynb #74ac39db
-def _check_images(x: Tensor, y: Tensor) -> None:
+def _check_pair(x: Tensor, y: Tensor) -> None:
     shapes = f"x is {list(x.shape)} and y is {list(y.shape)}: give originals and reconstructions of one shape"
     require(x.shape == y.shape, shapes)
     is_batch = x.ndim == 4 and x.shape[1] in (1, 3)

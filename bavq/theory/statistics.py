@@ -46,6 +46,17 @@ def paired_difference(
     low, high = test.confidence_interval(0.95)
     return dict(diff=d.mean(), low=low, high=high, p=test.pvalue)
 
+# %% ../../nbs/1_theory/05_statistics.ipynb #5839156e
+SMALLEST_P = 1e-4   # a smaller one is not told apart from it in print
+
+def p_as_text(
+    p: float,  # of a test; NaN: there was none
+) -> str:
+    "Two digits, `<0.0001`, or a dash."
+    if math.isnan(p):
+        return "–"
+    return f"<{SMALLEST_P:.4f}" if p < SMALLEST_P else f"{p:.2g}"
+
 # %% ../../nbs/1_theory/05_statistics.ipynb #2705a6c0
 def _values_by_seed(values: dict[str, Any]) -> np.ndarray:
     "A row for each method, a column for each seed that any of them has; NaN where a run is missing."

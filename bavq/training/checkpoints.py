@@ -14,8 +14,8 @@ from torch import nn
 from ..core.config import RunConfig, config_from_dict, require_same
 from ..core.distributed import all_reduce, from_first, get_rng_state, parallel, set_rng_state
 from ..core.errors import BavqError, require
-from ..core.storage import (Interrupted, atomic_write, checkpoints, newest_checkpoint, read_history,
-    read_json, read_weights, write_weights)
+from ..core.storage import (Interrupted, atomic_write, checkpoints, final_weights, newest_checkpoint,
+    read_history, read_json, read_weights, write_weights)
 from ..theory.metrics import LossMeter
 from .data import epoch_order
 from ..models.vqvae import VQVAE
@@ -40,6 +40,7 @@ class Training:
     meter: LossMeter = field(default_factory=LossMeter)       # of the steps of the next one
     began: float = field(default_factory=time.perf_counter)   # when it began
     saved: float = field(default_factory=time.monotonic)      # when the last checkpoint was written
+    segments: list[dict] = field(default_factory=list)        # what trained which part of it
     asked: list[int] = field(default_factory=list)            # signals that asked the run to stop
 
     @property
@@ -64,6 +65,7 @@ def checkpoint_state(
         rng_state=get_rng_state(),
         config=asdict(t.config),
         data_fingerprint=t.data_fingerprint,
+        segments=t.segments,
     )
     if t.accelerator.scaler:
         state["scaler_state_dict"] = t.accelerator.scaler.state_dict()
@@ -125,6 +127,7 @@ def restore_state(
     set_rng_state(state["rng_state"])
     t.epoch = state["epoch"]
     t.history = list(state.get("history") or read_history(folder)[:t.epoch])
+    t.segments = list(state.get("segments", []))
     step = state.get("step", 0)
     total = {k: v.to(t.accelerator.device) for k, v in state.get("total", {}).items()}
     t.meter = LossMeter(total, steps=step, weight=step, good=step)
@@ -199,8 +202,8 @@ def newest_weights(
     folder: Path,  # of a run
 ) -> dict[str, torch.Tensor]:
     "The final weights, or those of the newest checkpoint."
-    final = folder / "final_model.pt"
-    if final.exists():
+    final = final_weights(folder)
+    if final:
         return read_weights(final)
     state = newest_checkpoint(folder)
     if not state:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 # %% auto #0
-__all__ = ['ANSWER', 'first_steps', 'only_process', 'environment', 'read_records', 'record_run', 'run', 'load_results']
+__all__ = ['ANSWER', 'environment', 'read_records', 'record_run', 'run', 'load_results']
 
 # %% ../../nbs/4_training/04_experiments.ipynb #c0de4a01
 import torch
@@ -38,7 +38,7 @@ from ..core.storage import (
 from ..models.networks import NETWORKS
 from ..quantizers.base import ALIASES, QUANTIZERS, read_option, resolve_alias
 from .checkpoints import Training
-from .data import DATASETS
+from .images import DATASETS
 from .loop import fit, on_step, prepare, train_epoch
 if TYPE_CHECKING:
     import pandas as pd
@@ -220,31 +220,87 @@ def run_environment(
     return made_by | (dict(plugins=plugins) if plugins else {})
 
 # %% ../../nbs/4_training/04_experiments.ipynb #ca2f86f6
+SEGMENT = ("commit", "source", "versions", "device", "threads", "plugins")   # what trains a part of a run
+
+def trained_by(
+    made_by: dict[str, Any],  # of environment.json, or of a record
+) -> list[dict[str, Any]]:
+    "The segments of a run, in order; of one without a list of them, what is known."
+    if "segments" in made_by:
+        return made_by["segments"]
+    known = {k: made_by[k] for k in SEGMENT if k in made_by}
+    return [dict(s, epoch=0, step=0) for s in (*made_by.get("earlier", []), known)]
+
+# %% ../../nbs/4_training/04_experiments.ipynb #9d55e4ac
+def with_segment(
+    segments: list[dict[str, Any]],  # before
+    made_by: dict[str, Any],         # what trains from here on
+    epoch: int,                      # finished ones
+    step: int,                       # done in the next one
+) -> list[dict[str, Any]]:
+    "The segments of a run that goes on; those of which nothing is left are gone."
+    kept = [s for s in segments if (s["epoch"], s["step"]) < (epoch, step)]
+    here = {k: made_by[k] for k in SEGMENT if k in made_by}
+    if kept and here == {k: kept[-1][k] for k in SEGMENT if k in kept[-1]}:
+        return kept
+    return [*kept, dict(here, epoch=epoch, step=step)]
+
 def write_environment(
     made_by: dict[str, Any],  # of `run_environment`
+    t: Training,              # where it goes on
     folder: Path,             # of the run
 ) -> None:
-    "Write what makes a run; where other code trained its first part, that is kept under `earlier`."
+    "Write what makes a run from here on, and the segments that were trained before."
     path = folder / "environment.json"
-    earlier = []
-    if path.exists() and any(folder.glob("checkpoint_epoch*.pt")):
-        before = read_json(path)
-        earlier = before.get("earlier", [])
-        part = {k: before.get(k) for k in ("commit", "source")}
-        if part != {k: made_by[k] for k in part}:
-            earlier.append(part)
-    write_json(path, made_by | (dict(earlier=earlier) if earlier else {}))
+    place = t.epoch, t.meter.steps
+    if place > (0, 0) and not t.segments and path.exists():   # the checkpoint is of an older version
+        t.segments = trained_by(read_json(path))
+    t.segments = with_segment(t.segments, made_by, *place)
+    write_json(path, made_by | dict(segments=t.segments))
 
 # %% ../../nbs/4_training/04_experiments.ipynb #921346de
+def file_or_source(
+    kind: type,  # a class of yours
+) -> bytes | None:
+    "The file that a class is written in, or its source; None where neither can be found."
+    origin = getattr(sys.modules.get(kind.__module__), "__file__", None)
+    try:
+        return Path(origin).read_bytes() if origin else inspect.getsource(kind).encode()
+    except (OSError, TypeError):
+        return None
+
+def foreign_sources(
+    t: Training,  # prepared
+) -> str | None:
+    "SHA-256 of what the networks are made of outside this package and PyTorch; None where it is not known."
+    plain = replace(t.config, quantizer="", data="photos")   # the images are hashed themselves
+    hashes = plugin_hashes(plain)
+    own = ("bavq", "torch", "builtins")
+    networks = [m for name, m in t.model.named_modules() if not name.startswith("quantizer")]
+    bases = {kind for m in networks for kind in type(m).__mro__}
+    kinds = [kind for kind in bases if kind.__module__.split(".")[0] not in own]
+    texts = [file_or_source(k) for k in sorted(kinds, key=lambda k: (k.__module__, k.__qualname__))]
+    if len(hashes) < len(plugin_modules(plain)) or None in texts:
+        return None
+    digest = hashlib.sha256(repr(sorted(hashes.items())).encode())
+    for text in texts:
+        digest.update(hashlib.sha256(text or b"").digest())
+    return digest.hexdigest()
+
+# %% ../../nbs/4_training/04_experiments.ipynb #17d82025
 def warmup_file(
     t: Training,  # prepared, or under way
     out: Path,    # where the runs are
 ) -> Path | None:
-    "Where the state after a warm-up is kept; None, if it ends within an epoch or images are streamed."
+    "Where the state after a warm-up is kept; None, if it cannot be kept for others."
     c = t.config
     if not c.warmup_steps or c.warmup_steps % len(t.train_loader) or t.train_loader.images.is_meta:
+        return None   # it ends within an epoch, or images are streamed
+    sources = foreign_sources(t)
+    if sources is None:
         return None
-    digest = hashlib.sha256(f"{source_hash()} {torch.__version__}".encode())
+    machine = f"{torch.__version__} {t.accelerator.device.type} {torch.get_num_threads()}"
+    digest = hashlib.sha256(f"{source_hash()} {sources} {machine}".encode())
     for loader in (t.train_loader, t.test_loader):
         digest.update(loader.images.cpu().contiguous().numpy())
     shared = replace(c, name="", quantizer="", codebook_size=2, options={})
@@ -263,7 +319,7 @@ def keep_warmup(
         return
     networks = {k: v for k, v in t.model.state_dict().items() if not k.startswith("quantizer")}
     state = dict(networks=networks, optimizer=t.optimizer.state_dict()["state"], history=t.history,
-                 rng_state=get_rng_state())
+                 rng_state=get_rng_state(), segments=t.segments)
     try:
         write_weights(path, state)
     except DiskError as e:
@@ -285,6 +341,7 @@ def take_warmup(
     t.optimizer.load_state_dict(t.optimizer.state_dict() | dict(state=state["optimizer"]))
     set_rng_state(state["rng_state"])
     t.history = list(state["history"])
+    t.segments = list(state["segments"])
     t.epoch = len(t.history)
 
 # %% ../../nbs/4_training/04_experiments.ipynb #8ce4198e
@@ -295,7 +352,7 @@ def study_file(
 ) -> Path:
     "The file of a study's records."
     path = Path(study)
-    return path if path.suffix == ".jsonl" else path.with_name(f"{path.name}.jsonl")
+    return path if path.suffix == ".jsonl" else path.parent / f"{path.name}.jsonl"
 
 # %% ../../nbs/4_training/04_experiments.ipynb #44e657f1
 def parse_record(
@@ -384,9 +441,11 @@ def make_record(
     "What is kept of a run; a `BavqError` where uncommitted code trained a part of it."
     config = config_from_record(read_json(folder / "config.json"))
     made_by = read_json(folder / "environment.json")
-    parts = [made_by, *made_by.get("earlier", [])]
-    require(not any(str(p.get("commit")).endswith("-dirty") for p in parts),
+    segments = trained_by(made_by)
+    require(not any(str(s.get("commit")).endswith("-dirty") for s in segments),
             f"{folder} was trained by uncommitted code, so it is not recorded: commit, and train it again")
+    if len(segments) == 1:   # then the rest says it all
+        made_by.pop("segments", None)
     history = read_history(folder)
     kept = asdict(replace(config, name="", data_root=""))
     return dict(run=f"{config_id(config)}-s{config.seed}", schema=SCHEMA if "source" in made_by else 0,
@@ -456,11 +515,14 @@ def train_run(
         if study:
             check_same_data(asdict(config), made_by["fingerprint"], read_records(study), study)
         main = t.accelerator.is_main_process
-        with only_writer(folder) if main else contextlib.nullcontext():
+
+        def note_environment():
             if main:
-                write_environment(made_by, folder)
+                write_environment(made_by, t, folder)
+
+        with only_writer(folder) if main else contextlib.nullcontext():
             take_warmup(t, out)
-            fit(t, folder, resume, progress, lambda: keep_warmup(t, out))
+            fit(t, folder, resume, progress, lambda: keep_warmup(t, out), note_environment)
     return read_json(folder / "final_metrics.json")
 
 # %% ../../nbs/4_training/04_experiments.ipynb #08de7100
@@ -525,8 +587,10 @@ def record_row(
     record: dict,  # of a run
 ) -> dict[str, Any]:
     "A record as a row of the table of results."
-    columns = ("arm", "seconds", "device", "commit")
-    kept = {k: record[k] for k in columns if k in record}
+    kept = {k: record[k] for k in ("arm", "seconds") if k in record}
+    for k in ("device", "commit"):   # of every segment
+        values = dict.fromkeys(s[k] for s in trained_by(record) if k in s)
+        kept |= {k: " + ".join(values)} if values else {}
     row = result_row(record["run"], record["config"], record["metrics"])
     if record["config"].get("quantizer") in ALIASES:   # its run has another name today
         today = read_as_today(record["config"])

@@ -4,11 +4,13 @@
 
 # %% ../../nbs/4_training/03_loop.ipynb #d09d003c
 from __future__ import annotations
+import contextlib
 import importlib.util
 import math
+import os
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,8 +19,8 @@ from torch import Tensor, nn
 from ..core.config import RunConfig, check_config, run_name
 from ..core.distributed import parallel
 from ..core.errors import BavqError, require
-from ..core.storage import (Interrupted, check_folder, read_json, stop_signals, write_history,
-    write_json, write_weights)
+from ..core.storage import (Interrupted, check_folder, read_json, stop_signals, write_final_weights,
+    write_history, write_json)
 from .data import get_dataloaders
 from ..theory.metrics import CodeMeter, LossMeter, ReconstructionMeter, effective_rank
 from ..models.vqvae import VQVAE, VQVAEOutput
@@ -27,7 +29,7 @@ from bavq.training.checkpoints import (Training, locate_error, restore, save_bet
     save_is_due)
 
 # %% auto #0
-__all__ = ['loss_terms', 'train_epoch', 'step_schedule', 'cooled_rate', 'validate', 'make_accelerator', 'prepare', 'fit']
+__all__ = ['loss_terms', 'train_epoch', 'validate', 'make_accelerator', 'fit']
 
 # %% ../../nbs/4_training/03_loop.ipynb #8285dbe4
 def loss_terms(
@@ -165,20 +167,47 @@ def epoch_line(
         f"Usage {value('usage_rate', '.1%')}",
     ])
 
+# %% ../../nbs/4_training/03_loop.ipynb #768d5167
+def only_cpu() -> bool:
+    "Is there no accelerator here, or none that several processes can use together?"
+    found = torch.accelerator.current_accelerator(check_available=True)
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    return found is None or (found.type == "mps" and not alone)
+
+# %% ../../nbs/4_training/03_loop.ipynb #6805aa4e
+@contextlib.contextmanager
+def own_state(
+    accelerator: Any = None,  # whose state; None: a new one
+) -> Iterator[None]:
+    "Within the block, accelerate's state is that of one run, and not the process's."
+    from accelerate.state import AcceleratorState, GradientState
+    kinds = (AcceleratorState, GradientState)
+    before = [vars(kind)["_shared_state"] for kind in kinds]
+    states: list[dict] = [{}, {}]
+    if accelerator is not None:
+        states = [vars(accelerator.state), vars(accelerator.gradient_state)]
+    try:
+        for kind, state in zip(kinds, states):
+            kind._shared_state = state
+        yield
+    finally:
+        for kind, state in zip(kinds, before):
+            kind._shared_state = state
+
 # %% ../../nbs/4_training/03_loop.ipynb #df119b5f
 def make_accelerator(
     config: RunConfig,  # its precision, and whether it logs
 ) -> Any:               # an `accelerate.Accelerator`
     "Device, precision and processes of a run, or a `BavqError` that says what this machine cannot do."
     from accelerate import Accelerator, DistributedDataParallelKwargs
-    from accelerate.state import AcceleratorState
     log = "wandb" if config.wandb else None
     require(not log or importlib.util.find_spec("wandb") is not None,
             "wandb is not installed: pip install 'bavq[wandb]', or train without wandb")
-    AcceleratorState._reset_state()   # else a process could train in one precision only
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False)   # all processes compute the same ones
     try:
-        accelerator = Accelerator(mixed_precision=config.precision, log_with=log, kwargs_handlers=[ddp])
+        with own_state():
+            accelerator = Accelerator(cpu=only_cpu(), mixed_precision=config.precision, log_with=log,
+                                      kwargs_handlers=[ddp])
     except (ValueError, ImportError) as e:
         why = " ".join(str(e).split())
         raise BavqError(f"precision {config.precision} does not work on this machine ({why}): "
@@ -202,7 +231,8 @@ def wrap(
     optimizer = torch.optim.AdamW(model.parameters(), config.lr, fused=True)
     with warnings.catch_warnings():   # torch has renamed broadcast_buffers, accelerate not yet
         warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)
-        net, optimizer = accelerator.prepare(nn.Sequential(model), optimizer)
+        with own_state(accelerator):
+            net, optimizer = accelerator.prepare(nn.Sequential(model), optimizer)
     return net, optimizer
 
 # %% ../../nbs/4_training/03_loop.ipynb #44114067
@@ -229,6 +259,7 @@ def fit(
     resume: bool = False,         # go on with what is there
     progress: bool | str = True,  # bars and a line an epoch; "bars"; or nothing
     on_epoch: Callable[[], Any] | None = None,  # called after each epoch, on every process
+    on_start: Callable[[], Any] | None = None,  # called once the run is where it goes on, on every process
 ) -> dict[str, float]:
     """Train to the end and write the files of the run; returns the final metrics.
 
@@ -239,6 +270,8 @@ def fit(
     if resume and (folder / "final_metrics.json").exists():
         return read_json(folder / "final_metrics.json")
     start(t, folder, resume)
+    if on_start:
+        on_start()
     log = start_log(t, folder)
     with stop_signals() as t.asked:
         while t.epoch < t.config.epochs:
@@ -290,7 +323,7 @@ def write_final(
     last = t.history[-1]
     final = {k: v for k, v in last.items() if not k.startswith("train_") and k not in ("epoch", "seconds")}
     if t.accelerator.is_main_process:
-        write_weights(folder / "final_model.pt", t.model.state_dict())
+        write_final_weights(folder, t.model.state_dict(), asdict(t.config))
         write_json(folder / "final_metrics.json", final)
     return final
 

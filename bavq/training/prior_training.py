@@ -4,6 +4,7 @@
 
 # %% ../../nbs/4_training/06_prior_training.ipynb #3929145a
 from __future__ import annotations
+import hashlib
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -17,16 +18,18 @@ from ..core.errors import BavqError, check_types, choose, require
 from ..core.config import PriorConfig, RunConfig, check_config
 from ..core.distributed import set_seed
 from ..core.storage import (Interrupted, atomic_write, newest_checkpoint, only_writer, read_json,
-    stop_signals, write_history, write_json, write_weights)
+    stop_signals, write_final_weights, write_history, write_json)
 from ..models.maskgit import load_prior, make_prior, model_hash
 from ..models.priors import Prior
-from .data import epoch_order, get_dataloaders, read_arrays
+from .data import epoch_order, get_dataloaders
+from .images import read_arrays
 from .checkpoints import Training, load_model, locate_error, restore_state, save_checkpoint
-from .loop import cooled_rate, end_epoch, make_accelerator, rest_of_epoch, start_log
-from .experiments import environment
+from .loop import (
+    cooled_rate, end_epoch, make_accelerator, own_state, rest_of_epoch, start_log)
+from .experiments import environment, source_hash, write_environment
 
 # %% auto #0
-__all__ = ['Codes', 'model_codes', 'extract_codes', 'code_bits', 'fit_prior', 'train_prior', 'sample_images']
+__all__ = ['Codes', 'extract_codes', 'code_bits', 'fit_prior', 'train_prior', 'sample_images']
 
 # %% ../../nbs/4_training/06_prior_training.ipynb #9c6d15e7
 class Codes(NamedTuple):
@@ -110,7 +113,8 @@ def extract_codes(
     model, c = load_model(run)
     require(not hasattr(model, "quantizer_top"), f"{run} has two levels of codes: take both with model_codes")
     digest = model_hash(model)
-    place = Path(run) / f"codes-{digest[:8]}"
+    made_by = hashlib.sha256(f"{digest} {source_hash()}".encode()).hexdigest()   # weights, and code
+    place = Path(run) / f"codes-{made_by[:8]}"
     files = [place / f"{name}.npy" for name in Codes._fields[:4]]
     if not all(f.exists() for f in files):
         train_loader, test_loader = get_dataloaders(
@@ -259,7 +263,8 @@ def prepare_prior(
     set_seed(c.seed)
     prior = make_prior(c.kind, channels=c.channels, layers=c.layers, **prior_sizes(c, codes))
     optimizer = torch.optim.AdamW(prior.parameters(), c.lr)
-    net, optimizer = accelerator.prepare(nn.Sequential(prior), optimizer)
+    with own_state(accelerator):
+        net, optimizer = accelerator.prepare(nn.Sequential(prior), optimizer)
     return Training(c, accelerator, prior, net, optimizer, *loaders)
 
 # %% ../../nbs/4_training/06_prior_training.ipynb #28d277a6
@@ -334,11 +339,11 @@ def fit_prior(
         return read_json(folder / "final_metrics.json")
     t = prepare_prior(config, codes)
     with only_writer(folder), stop_signals() as t.asked:
-        write_json(folder / "environment.json", environment(t.accelerator.device))
-        write_json(folder / "config.json", wanted)
         state = newest_checkpoint(folder)
         if state:
             restore_state(t, state, folder)
+        write_environment(environment(t.accelerator.device), t, folder)
+        write_json(folder / "config.json", wanted)
         prior_epochs(t, folder, progress)
         final = write_final_prior(t, folder, codes)
         t.accelerator.end_training()
@@ -372,7 +377,7 @@ def write_final_prior(
     codes: Codes,  # it was trained on
 ) -> dict[str, float]:
     "Write the weights, then the metrics; returns those."
-    write_weights(folder / "final_model.pt", t.model.state_dict())
+    write_final_weights(folder, t.model.state_dict(), asdict(t.config))
     bits = dict(bits_per_code=t.history[-1]["bits_per_code"])
     final = bits | code_bits(codes) | dict(parameters=sum(p.numel() for p in t.model.parameters()))
     write_json(folder / "final_metrics.json", final)

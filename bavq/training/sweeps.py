@@ -31,7 +31,7 @@ __all__ = ['ThisProcess', 'Processes', 'Ray', 'Sweep', 'sweep']
 from ..core.config import RunConfig, check_config, run_name
 from ..core.errors import BavqError, choose, require
 from ..core.storage import Interrupted, atomic_write, check_folder, only_writer, read_history, read_json
-from .data import cache_dir
+from .images import cache_dir
 from .experiments import (
     add_records, check_recordable, make_record, only_process, plugin_modules, record_run, train_run)
 
@@ -453,7 +453,10 @@ class EpochCount:
         out: Path,                         # where their folders are
         bar: Any,                          # of tqdm
     ):
-        self.open, self.out, self.bar, self.done = dict(configs), out, bar, 0
+        self.open = dict(configs)
+        self.out = out
+        self.bar = bar
+        self.done = 0
 
     def end(self, name: str) -> None:
         "A run has ended: its epochs are counted for good."
