@@ -234,7 +234,7 @@ def init_uniform(
     x: Tensor,            # latents [N, D], whatever they are
     num_embeddings: int,  # K
 ) -> Tensor:                  # codes [K, D]
-    "Codes uniform in ±1/K (van den Oord et al. 2017, released code)."
+    "Codes uniform in ±1/K, as many implementations draw them; Sonnet's released code scales by 1/√D instead."
     codes = x.new_empty(num_embeddings, x.shape[1])
     return codes.uniform_(-1 / num_embeddings, 1 / num_embeddings)
 
