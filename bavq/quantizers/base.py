@@ -704,8 +704,8 @@ def first_pass(
     "What the pass that this one repeats has chosen. Waits for the device."
     passes = FIRST_PASSES.get(q, FirstPasses())
     alike = [p for p in (*passes.with_graph, *passes.without) if p.x.shape == x.shape]
-    apart = [float((p.x - x).square().sum()) for p in alike]
-    near = 1e-4 * float(x.square().sum()) + 1e-30
+    apart = [float((p.x - x).nan_to_num(0, 0, 0).square().sum()) for p in alike]
+    near = 1e-4 * float(x.nan_to_num(0, 0, 0).square().sum()) + 1e-30
     found = bool(apart) and min(apart) <= near
     require(found, "a checkpointed forward pass is repeated, but what it chose at first is not known any more: "
             "call backward before further passes, or use_reentrant=False")
