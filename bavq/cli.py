@@ -302,7 +302,7 @@ Verb = Union[
 ]
 
 @dataclass
-class Prior:
+class PriorVerb:
     "A model of a run's codes: train it, or draw new images from it."
     verb: Verb
 
@@ -379,7 +379,8 @@ class Lab:
             lab_quick(self.codebook_size, self.steps, self.commitment_cost, self.seeds or 3, self.out)
             return
         seeds = self.seeds or 10
-        lab_studies(self.codebook_size, self.steps, self.commitment_cost, seeds, out=self.out, figures=self.out)
+        K, weight = self.codebook_size, self.commitment_cost
+        lab_studies(K, self.steps, weight, seeds, out=self.out, figures=self.out)
 
 # %% ../nbs/appendix/01_cli.ipynb #75ef5960
 def _arguments(make):
@@ -428,11 +429,15 @@ def _starting_config(given):
     return read_config(given.config, base) if given.config else base
 
 # %% ../nbs/appendix/01_cli.ipynb #ff503c79
-OTHERS = (Evaluate, Summarise, Lab, Quantizers, Prior, Compress, Decompress)
+OTHERS = (Evaluate, Summarise, Lab, Quantizers, PriorVerb, Compress, Decompress)
+
+def _typed_name(kind):
+    "What is typed for a command: the name of its class."
+    return kind.__name__.removesuffix("Verb").lower()
 
 def _as_subcommand(kind, **start):
     "A command of this class, and what it starts from, as tyro takes it."
-    name = kind.__name__.lower()
+    name = _typed_name(kind)
     if start:
         return Annotated[kind, tyro.conf.subcommand(name, default=kind(**start))]
     return Annotated[kind, tyro.conf.subcommand(name)]
@@ -454,7 +459,7 @@ def _names_of(kind):
 
 def _command_of(args):
     "The class of the command that was typed, or None."
-    kinds = {kind.__name__.lower(): kind for kind in (Train, Compare, *OTHERS)}
+    kinds = {_typed_name(kind): kind for kind in (Train, Compare, *OTHERS)}
     if args[:1] == ["prior"]:
         return {"train": PriorTrain, "sample": PriorSample}.get((args[1:2] or [""])[0])
     return kinds.get(args[0]) if args else None
@@ -472,7 +477,7 @@ def advice(
     args: list[str],  # what was typed
 ) -> str:             # a line; empty: the mistake is another
     "What is wrong with a name among the words, and which name was meant."
-    names = [kind.__name__.lower() for kind in (Train, Compare, *OTHERS)]
+    names = [_typed_name(kind) for kind in (Train, Compare, *OTHERS)]
     kind = _command_of(args)
     if args and args[0] not in names and not args[0].startswith("-"):
         return f"unknown command {brief(args[0])}: choose one of {', '.join(nearest_first(args[0], names))}"
@@ -511,13 +516,13 @@ def parse(
     except SystemExit as e:
         if not e.code:
             raise
-        raise BavqError(advice(args) or one_line(said.getvalue())) from None
+        raise BavqError(advice(args) or message_in_box(said.getvalue())) from None
     if not isinstance(command, (Train, Compare)):
         return command
     return replace(command, run=replace(command.run, options=options | command.run.options))
 
 # %% ../nbs/appendix/01_cli.ipynb #28a3b9d7
-def one_line(
+def message_in_box(
     box: str,  # as tyro prints it
 ) -> str:
     "The message in a box of tyro's, without its title and the advice below it."
@@ -558,7 +563,7 @@ def main(
         command.check()
         _choose_threads(command)
         if not isinstance(command, Train):
-            _only_process(type(command).__name__.lower())
+            _only_process(_typed_name(type(command)))
         command()
     except BrokenPipeError:
         _discard_output()

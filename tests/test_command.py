@@ -1,6 +1,7 @@
 """The command as a new user meets it: typos are answered before torch is loaded and name what was meant; a
 comparison takes every field of a run; a folder with a bad image is checked first and gone on with."""
 
+import json
 import os
 import subprocess
 import sys
@@ -77,8 +78,13 @@ def test_a_typo_is_answered_before_torch_is_imported(tmp_path):
     "One process without torch and the like answers them all, a line each."
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_TORCH], input="\n".join(TYPOS), env=env, cwd=tmp_path,
-        capture_output=True, text=True)
+        [sys.executable, "-c", WITHOUT_TORCH],
+        input="\n".join(TYPOS),
+        env=env,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
     said = done.stderr.splitlines()
     assert done.returncode == 0 and len(said) == len(TYPOS), done.stderr
     for (typed, words), line in zip(TYPOS.items(), said):
@@ -97,14 +103,33 @@ def test_the_names_known_without_torch_are_those_there_are():
 
 def test_compare_takes_every_field_of_a_run():
     other = dict(
-        data="mnist", data_root="there", train_size=640, image_size=16, levels=2, embedding_dim=32,
-        network="my:Net", hidden_channels=8, residual_blocks=1, warmup_steps=7, epochs=3, batch_size=20, lr=1e-2,
-        cooldown=0.5, clip_grad=2.0, precision="bf16", workers=1, checkpoint_every=3, wandb=True)
+        data="mnist",
+        data_root="there",
+        train_size=640,
+        image_size=16,
+        levels=2,
+        embedding_dim=32,
+        network="my:Net",
+        hidden_channels=8,
+        residual_blocks=1,
+        warmup_steps=7,
+        epochs=3,
+        batch_size=20,
+        lr=1e-2,
+        cooldown=0.5,
+        clip_grad=2.0,
+        precision="bf16",
+        workers=1,
+        checkpoint_every=3,
+        wandb=True,
+    )
     own = {"quantizer", "codebook_size", "seed", "name", "options"}
     for name in {f.name for f in fields(RunConfig)} - own:
         start = getattr(PRESETS["quick"].base, name)
-        value = other.get(name, f"{start}x" if isinstance(start, str) else not start
-                          if isinstance(start, bool) else start + 1)
+        value = other.get(
+            name,
+            f"{start}x" if isinstance(start, str) else not start if isinstance(start, bool) else start + 1,
+        )
         flag = "--" + name.replace("_", "-")
         words = [flag] if value is True else [flag, str(value)]
         study = chosen_study(parse(["compare", *words]))
@@ -126,14 +151,23 @@ def test_compare_refuses_what_differs_from_run_to_run(words):
 @pytest.mark.parametrize(
     "call, says",
     [
-        (lambda: bavq.VQEMAQuantizer(8, 4, dekay=0.9), "VQEMAQuantizer does not take dekay: did you mean decay?"),
+        (
+            lambda: bavq.VQEMAQuantizer(8, 4, dekay=0.9),
+            "VQEMAQuantizer does not take dekay: did you mean decay?",
+        ),
         (lambda: bavq.BAQuantizer(8, 4, bta=3), "BAQuantizer does not take bta: did you mean beta?"),
         (lambda: bavq.VQEMAQuantizer(8), "VQEMAQuantizer: missing .* it takes num_embeddings, embedding_dim"),
-        (lambda: make_quantizer("vq_ema", 8, 4, dekay=0.9), "vq_ema does not take dekay: did you mean decay?"),
+        (
+            lambda: make_quantizer("vq_ema", 8, 4, dekay=0.9),
+            "vq_ema does not take dekay: did you mean decay?",
+        ),
         (lambda: make_quantizer("residual", 8, 4, base="vq_ema", dekay=1), "did you mean decay?"),
         (lambda: bavq.ProductQuantizer(16, 4, grups=2), "ProductQuantizer itself takes .*groups"),
         (lambda: make_quantizer("gumbl", 8, 4), "choose one of gumbel, "),
-        (lambda: bavq.compute_psnr(torch.zeros(1, 3, 4, 4), torch.zeros(1, 3, 4, 4), "datset"), "one of dataset, "),
+        (
+            lambda: bavq.compute_psnr(torch.zeros(1, 3, 4, 4), torch.zeros(1, 3, 4, 4), "datset"),
+            "one of dataset, ",
+        ),
     ],
 )
 def test_a_wrong_keyword_names_its_class_and_the_valid_ones(call, says):
@@ -154,11 +188,17 @@ def test_quantizers_are_listed_with_their_options(capsys):
 def test_one_thing_has_one_name():
     assert parse("prior train x --hidden-channels 32".split()).verb.prior.channels == 32
     assert parse("prior train x --channels 32".split()).verb.prior.channels == 32
-    assert parse("lab --codebook-size 8".split()).codebook_size == parse("lab --K 8".split()).codebook_size == 8
+    assert (
+        parse("lab --codebook-size 8".split()).codebook_size == parse("lab --K 8".split()).codebook_size == 8
+    )
 
 
 def test_help_names_the_positional_arguments(capsys):
-    for command, names in {"compress": "RUN IMAGES OUT", "decompress": "RUN FILES OUT", "evaluate": "RUNS"}.items():
+    for command, names in {
+        "compress": "RUN IMAGES OUT",
+        "decompress": "RUN FILES OUT",
+        "evaluate": "RUNS",
+    }.items():
         with pytest.raises(SystemExit):
             parse([command, "--help"])
         usage = capsys.readouterr().out
@@ -238,7 +278,7 @@ def test_the_shortest_coding_is_measured(model_folder):
     set_seed(0)
     prior = make_prior("transformer", 24, (8, 8), channels=16, layers=1).eval()
     with torch.no_grad():
-        prior.head[1].bias[0] += 6   # sure of one code, and wrong
+        prior.head[1].bias[0] += 6  # sure of one code, and wrong
     images = torch.randint(256, (6, 3, 32, 32), generator=torch.Generator().manual_seed(0)).byte()
     sizes = {c: len(compress(images, model, prior, c)) for c in ("uniform", "marginal", "prior")}
     best = compress(images, model, prior)
@@ -252,10 +292,21 @@ def test_the_shortest_coding_is_measured(model_folder):
 def test_no_p_is_nought():
     assert p_as_text(0.0) == p_as_text(1e-12) == "<0.0001" and p_as_text(float("nan")) == "–"
     rows = [
-        dict(run=f"{m}{s}", data="photos", codebook_size=256, distance="euclidean", method=m, quantizer=m, seed=s,
-             psnr=20 + 9 * (m == "ba_vq") + 1e-3 * s * (1 + (m == "ba_vq")), perplexity=100.0 + s, usage_rate=1.0,
-             dead_codes=0)
-        for m in ("vq_ema", "ba_vq") for s in range(9)
+        dict(
+            run=f"{m}{s}",
+            data="photos",
+            codebook_size=256,
+            distance="euclidean",
+            method=m,
+            quantizer=m,
+            seed=s,
+            psnr=20 + 9 * (m == "ba_vq") + 1e-3 * s * (1 + (m == "ba_vq")),
+            perplexity=100.0 + s,
+            usage_rate=1.0,
+            dead_codes=0,
+        )
+        for m in ("vq_ema", "ba_vq")
+        for s in range(9)
     ]
     summary = summarise(pd.DataFrame(rows))
     _, differences = tables(summary)
@@ -271,3 +322,24 @@ def test_tables_fit_a_hundred_columns(columns):
     text = table_as_text(table, ("data", "method"))
     assert max(map(len, text.splitlines())) <= 100 and text.startswith("data photos\n")
     assert text.count("+0.00") == 3 * columns
+
+
+# 39: the explorer as an application
+
+
+def test_the_explorer_shows_no_value_without_a_word(monkeypatch):
+    "What a cell returns is a control, a picture, or an aside, which an application leaves out."
+    from bavq.core.views import aside
+
+    notebook = json.loads((ROOT / "nbs/7_comparison/02_explore.ipynb").read_text(encoding="utf-8"))
+    wrong = []
+    for cell in notebook["cells"]:
+        results = [o["data"] for o in cell.get("outputs", []) if o["output_type"] == "execute_result"]
+        bare = any("image/png" not in data for data in results)
+        last = "".join(cell["source"]).rstrip().rpartition("\n")[2]
+        if bare and not last.startswith("aside("):
+            wrong.append(last)
+    assert not wrong
+    assert aside(354) == 354
+    monkeypatch.setenv("SERVER_SOFTWARE", "voila/0.5.8")
+    assert aside(354) is None

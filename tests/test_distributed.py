@@ -214,9 +214,10 @@ states = {}
 for make in (VQEMAQuantizer, BAQuantizer):
     torch.manual_seed(0)
     x, adapter = torch.randn(12, 2, 80, 8), as_vector_quantize(make(32, 8)).train()
-    mask = torch.arange(80) < torch.tensor([[70], [25]])   # the second sequence is much shorter
+    lengths = torch.tensor([[[70], [25]]]).repeat(12, 1, 1)   # the second sequence is much shorter
+    lengths[0, 1] = lengths[3, 0] = lengths[4, 1] = 0         # one process has nothing, at the start and later
     mine = slice(None) if rank < 0 else slice(rank, rank + 1)
-    for batch in x: adapter(batch[mine], mask=mask[mine])
+    for batch, length in zip(x, lengths): adapter(batch[mine], mask=(torch.arange(80) < length)[mine])
     states[make.__name__] = adapter.state_dict()
 torch.manual_seed(0)
 quantizer = make_quantizer("vq_entropy", 16, 8).train()
@@ -227,8 +228,8 @@ torch.save(states, f"{sys.argv[1]}/{rank}.pt")
 
 
 def test_sequences_of_several_lengths_on_several_processes(tmp_path):
-    """With a mask, each process has another number of latents: start, statistics and revival are those of one
-    process that has them all."""
+    """With a mask, each process has another number of latents, and some steps none: start, statistics and revival
+    are those of one process that has them all."""
     (tmp_path / "go.py").write_text(MASKED)
     launch = [
         sys.executable,
@@ -253,6 +254,200 @@ def test_sequences_of_several_lengths_on_several_processes(tmp_path):
             torch.testing.assert_close(
                 first[name][k], v, rtol=1e-9, atol=1e-10, msg=lambda m: f"{name}, {k}: {m}"
             )
+
+
+def two(program, folder):
+    "Run a program in two processes; what they print."
+    (folder / "go.py").write_text(program)
+    run = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run([*run, str(folder / "go.py")], env=ENV, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+TRAFFIC = """
+import copy, torch
+import torch.distributed as dist
+from bavq import make_quantizer
+torch.set_num_threads(1)
+dist.init_process_group("gloo")
+sent = []
+
+def counting(call):
+    def counted(x, *more, **options):
+        sent.append(x.numel() * x.element_size())
+        return None if x.is_meta else call(x, *more, **options)
+    return counted
+
+for name in ("all_reduce", "broadcast", "all_gather", "all_gather_into_tensor"):
+    setattr(dist, name, counting(getattr(dist, name)))
+K, D = 1024, 64
+for name in ("vq_ema", "ba_vq"):
+    torch.manual_seed(dist.get_rank())
+    q = make_quantizer(name, K, D).train()
+    q.set_codes(torch.randn(K, D))
+    sent.clear()
+    q(torch.randn(256, D))
+    needed = 4 * K * (D + 1)   # counts and sums of the codes
+    assert needed <= sum(sent) < 1.25 * needed, f"{name} sends {sum(sent)} bytes a step, needs {needed}"
+for name in ("vq_ema", "ba_vq", "vq_ema_spec", "gumbel", "vq_entropy", "residual", "vq_ema_growing"):
+    q = make_quantizer(name, 64, 8).train()
+    q(torch.randn(50, 8))
+    copy.deepcopy(q).to("meta")(torch.empty(50, 8, device="meta"))   # which has no values to ask for
+"""
+
+
+def test_a_step_sends_little_and_never_waits(tmp_path):
+    """Revival sends a few rows, not as many as there are codes; and no step of several processes asks for a value
+    on the host."""
+    two(TRAFFIC, tmp_path)
+
+
+NOISE = """
+import torch
+import torch.distributed as dist
+from bavq import make_quantizer
+from bavq.core.distributed import gather_rows
+torch.set_num_threads(1)
+dist.init_process_group("gloo")
+
+def agree(x):
+    both = gather_rows(x.detach()[None])
+    return torch.equal(both[0], both[1])
+
+for seed in (0, dist.get_rank()):   # seeded alike, and each for itself
+    torch.manual_seed(0)
+    z = torch.randn(400, 8)
+    torch.manual_seed(seed)
+    gumbel = make_quantizer("gumbel", 64, 8).train()
+    out = gumbel(z)
+    assert agree(gumbel.codebook) and not agree(out.metrics["code_indices"]), "the same Gumbel noise"
+    residual = make_quantizer("residual", 64, 8, levels="4,4,4", base="vq_ema", dropout=1.0).train()
+    assert not agree(residual(z).z_q), "the same dropout"
+    ema = make_quantizer("vq_ema", 64, 8, restart_below=0.9).train()
+    for k in range(5):
+        ema.book.counts[k] = 0   # revived
+        ema(z)
+    assert agree(ema.codebook) and agree(ema.book.counts)
+"""
+
+
+def test_processes_have_their_own_noise_and_one_codebook(tmp_path):
+    two(NOISE, tmp_path)
+
+
+EMPTY = """
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from bavq import make_quantizer
+from bavq.core.distributed import gather_rows
+torch.set_num_threads(1)
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+
+class Net(torch.nn.Module):
+    def __init__(self, q):
+        super().__init__()
+        self.enc, self.q = torch.nn.Linear(8, 8), q
+
+    def forward(self, x):
+        out = self.q(self.enc(x))
+        return sum(out.losses.values()) + out.z_q.sum()
+
+for name, options in dict(vq={}, vq_ema={}, ba_vq={}, gumbel={}, vq_entropy={}, product={}, vq_ema_growing={},
+                          residual=dict(dropout=0.5)).items():
+    torch.manual_seed(0)
+    net = DistributedDataParallel(Net(make_quantizer(name, 64, 8, **options)), broadcast_buffers=False).train()
+    optimizer = torch.optim.SGD(net.parameters(), 0.01)
+    for n in ((90, 0), (31, 0), (0, 30), (7, 64)):   # rows of each process
+        loss = net(torch.randn(n[rank], 8))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        for k, v in net.state_dict().items():
+            both = gather_rows(v[None])
+            assert v.isfinite().all() and torch.equal(both[0], both[1]), (name, n, k)
+"""
+
+
+def test_a_process_without_latents_takes_part_in_every_step(tmp_path):
+    "In the first step and later, maps' last batches that do not divide, codes by gradient and by averages."
+    two(EMPTY, tmp_path)
+
+
+UNEVEN = """
+import torch
+import torch.distributed as dist
+from bavq import make_quantizer
+from bavq.quantizers.remedies import entropy_term
+torch.set_num_threads(1)
+torch.set_default_dtype(torch.float64)
+dist.init_process_group("gloo")
+torch.manual_seed(0)
+q = make_quantizer("vq", 16, 8).train()
+q.set_codes(torch.randn(16, 8))
+z = torch.randn(60, 8)
+mine = slice(0, 45) if dist.get_rank() == 0 else slice(45, 60)
+part = z[mine].clone().requires_grad_(True)
+term = entropy_term(1.0)
+loss = term(q, part)
+loss.backward()
+dist.is_initialized = lambda: False   # one process
+whole = z.clone().requires_grad_(True)
+expected = term(q, whole)
+expected.backward()
+torch.testing.assert_close(loss, expected)
+torch.testing.assert_close(part.grad / 2, whole.grad[mine])   # gradients of processes are averaged
+"""
+
+
+def test_entropy_of_uneven_batches_is_that_of_all_latents(tmp_path):
+    two(UNEVEN, tmp_path)
+
+
+SPLIT = """
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from bavq import make_quantizer
+torch.set_num_threads(1)
+mesh = init_device_mesh("cpu", (2,))
+
+class Net(nn.Module):
+    def __init__(self, q):
+        super().__init__()
+        self.enc, self.q, self.dec = nn.Linear(8, 8), q, nn.Linear(8, 8)
+
+    def forward(self, x):
+        self.out = self.q(self.enc(x))
+        return (self.dec(self.out.z_q) - x).square().mean() + sum(self.out.losses.values())
+
+for name, inner in (("vq", False), ("vq", True), ("gumbel", False), ("gumbel", True)):
+    torch.manual_seed(0)
+    net = Net(make_quantizer(name, 16, 8)).train()
+    x = 5 + 5 * torch.randn(2, 64, 8)[dist.get_rank()]
+    if inner: fully_shard(net.q, mesh=mesh)
+    fully_shard(net, mesh=mesh)
+    optimizer = torch.optim.SGD(net.parameters(), 1e-3)
+    for step in range(2):
+        net(x).backward()
+        codes = net.q.embedding.full_tensor().clone()
+        assert codes.abs().max() > 1, f"{name}: the codes of the first batch are lost after step {step}"
+        if name == "vq": assert torch.equal(net.out.z_q, codes[net.out.metrics["code_indices"]])
+        optimizer.step()
+        optimizer.zero_grad()
+        moved = (net.q.embedding.full_tensor() - codes).abs().max()
+        assert 0 < moved < 0.5
+    net.q.set_codes(torch.ones(16, 8))   # between passes
+    assert net.q.embedding.full_tensor().eq(1).all()
+"""
+
+
+def test_codes_of_the_first_batch_under_fsdp2(tmp_path):
+    "`fully_shard` around the network, or around the quantizer too: the codes that were set stay."
+    two(SPLIT, tmp_path)
 
 
 SWEEP = """

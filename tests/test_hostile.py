@@ -207,6 +207,64 @@ def test_names_in_a_configuration_are_looked_up_and_never_evaluated(text):
 
 
 @pytest.mark.parametrize(
+    "path",
+    ["math:gcd", "os:kill", "os:getpgid", "subprocess:Popen", "builtins:print", "builtins:eval", "shutil:move",
+     "torch:save", "bavq.core.storage:write_json", "os:environ", "math:pi"],
+)
+def test_a_path_calls_nothing_but_what_is_meant_for_it(path, here, monkeypatch):
+    "A stranger's configuration, also one in a run's folder, cannot call a function by its name."
+    import importlib
+
+    torch.save({}, here / "empty.pt")
+    called = []
+    module, _, name = path.partition(":")
+    real = getattr(importlib.import_module(module), name)
+    if callable(real) and module != "builtins" and not isinstance(real, type):
+        monkeypatch.setattr(importlib.import_module(module), name, lambda *a, **k: called.append(path))
+    with pytest.raises(BavqError, match="give a subclass of torch.nn.Module, or register it"):
+        make_quantizer(path, 4, 6)
+    with pytest.raises(BavqError, match="give a subclass of torch.nn.Module, or register it"):
+        bavq.VQVAE("vq", codebook_size=4, embedding_dim=4, network=path)
+    with pytest.raises(BavqError, match="annotated to return ImageData, or register it"):
+        load_images(path)
+    for field in ("quantizer", "network"):
+        folder = here / field
+        write_json(folder / "config.json", asdict(RunConfig(name=field, codebook_size=4)) | {field: path})
+        shutil.copy(here / "empty.pt", folder / "final_model.pt")
+        with pytest.raises(BavqError):
+            load_model(folder)
+    assert called == []
+
+
+def test_what_is_meant_for_it_is_called(here, monkeypatch):
+    "A subclass of nn.Module by its path; a function by its annotation; anything that its module registers."
+    monkeypatch.syspath_prepend(str(here))
+    (here / "plugin_of_mine.py").write_text(PLUGIN)
+    assert type(make_quantizer("plugin_of_mine:Mine", 4, 6)).__name__ == "Mine"
+    assert make_quantizer("plugin_of_mine:half", 8, 6).num_embeddings == 4
+    assert load_images("plugin_of_mine:grey").name == "grey"
+
+
+PLUGIN = """
+import torch
+from bavq.quantizers.base import VectorQuantizer, register_quantizer
+from bavq.training.images import ImageData
+
+class Mine(VectorQuantizer):
+    pass
+
+@register_quantizer("half_of_mine")
+def half(num_embeddings, embedding_dim):
+    return VectorQuantizer(num_embeddings // 2, embedding_dim)
+
+def grey() -> ImageData:
+    images = torch.zeros(8, 1, 32, 32, dtype=torch.uint8)
+    labels = torch.zeros(8, dtype=torch.int64)
+    return ImageData(images, labels, images, labels, "grey", ("grey",))
+"""
+
+
+@pytest.mark.parametrize(
     "name", ["../evil", "/tmp/evil", "a/../../evil", "..", "a\\b", "a\0b", "x" * 300, "a\nb"]
 )
 def test_no_name_leads_out_of_the_folder(name):

@@ -8,9 +8,8 @@ import itertools
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Iterable, Sequence
-import pandas as pd
 from ..core.config import RunConfig
-from ..core.errors import require
+from ..core.errors import needs, require
 from ..core.storage import atomic_write
 from ..evaluation.summaries import groups, summarise
 from ..theory.statistics import holm
@@ -19,6 +18,12 @@ from ..training.experiments import ANSWER
 # %% auto #0
 __all__ = ['STUDY_DATA', 'ARMS', 'RIVALS', 'cases', 'verdict', 'answer_figure', 'answer_configs', 'against_each',
            'compare_figure']
+
+# %% ../../nbs/7_comparison/01_compare.ipynb #f82717ca
+needs("pandas", extra="eval")
+
+# %% ../../nbs/7_comparison/01_compare.ipynb #cd4ce48e
+import pandas as pd
 
 # %% ../../nbs/7_comparison/01_compare.ipynb #b2bd06a4
 if TYPE_CHECKING:

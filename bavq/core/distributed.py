@@ -58,6 +58,10 @@ def parallel() -> bool:
     "Are several processes training together?"
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
+def is_first() -> bool:
+    "Is this the first of all processes, or the only one?"
+    return not parallel() or dist.get_rank() == 0
+
 # %% ../../nbs/0_core/03_distributed.ipynb #2c5f9e92
 def all_reduce(
     x: Tensor,  # of one shape in all processes

@@ -136,7 +136,9 @@ def _kind(annotation: Any) -> _Kind | None:
 # %% ../../nbs/0_core/01_errors.ipynb #054cab0f
 def _check_fits(name: str, value: Any, kind: _Kind) -> None:
     "A `BavqError` that names the argument, unless the value fits."
-    require(kind.fits(value), f"{name} is {brief(value)}: give {kind.words}")
+    too_large = kind.fits is is_whole and is_number(value) and abs(value) >= 2**63
+    words = "a whole number below 2**63" if too_large else kind.words
+    require(kind.fits(value), f"{name} is {brief(value)}: give {words}")
 
 def check_types(
     config: Any,  # an instance of a dataclass
@@ -179,7 +181,8 @@ def unknown_argument(
     near = difflib.get_close_matches(name, known, n=1)
     guess = f"did you mean {near[0]}? " if near else ""
     takes = ", ".join(near + [k for k in known if k not in near])
-    return CallError(f"{what} does not take {brief(name)[1:-1]}: {guess}it takes {takes or 'nothing by name'}")
+    no = f"{what} does not take {brief(name)[1:-1]}"
+    return CallError(f"{no}: {guess}it takes {takes or 'nothing by name'}")
 
 # %% ../../nbs/0_core/01_errors.ipynb #e7da5dab
 def _passes_on(signature: inspect.Signature) -> bool:

@@ -25,7 +25,8 @@ class Study(NamedTuple):
 
 # %% ../../nbs/0_core/08_presets.ipynb #c5f35117
 _ALL_FORMS = ("vq_ema", "ba_vq", "vq_ema_spec", "ba_vq_spec")
-_SMALL = RunConfig(hidden_channels=16, embedding_dim=64, batch_size=64, lr=2e-3, workers=2, checkpoint_every=2)
+_SMALL = RunConfig(
+    hidden_channels=16, embedding_dim=64, batch_size=64, lr=2e-3, workers=2, checkpoint_every=2)
 _CIFAR = RunConfig(data="cifar10", precision="bf16")
 
 # %% ../../nbs/0_core/08_presets.ipynb #c6873479
@@ -79,8 +80,8 @@ def read_config(
 
 # %% ../../nbs/0_core/08_presets.ipynb #65752a22
 KNOWN = {
-    "quantizer": "vq vq_ema vq_ema_spec vq_ema_warmup vq_ema_growing vq_entropy ba_vq ba_vq_spec gumbel fsq product"
-    " residual peer_vq".split(),
+    "quantizer": "vq vq_ema vq_ema_spec vq_ema_warmup vq_ema_growing vq_entropy ba_vq ba_vq_spec gumbel fsq"
+    " product residual peer_vq".split(),
     "network": ["conv"],
     "data set": ["photos", "cifar10", "mnist", "fashion_mnist"],
 }

@@ -78,8 +78,13 @@ class Registry(Mapping[str, Any]):
         self,
         what: str,   # kind of thing, for messages, such as quantizer
         group: str,  # entry points of installed packages, such as bavq.quantizers
+        admits: Callable[[Any], bool],  # may this be used, though a path names it? looked at, never called
+        wanted: str,                    # what that is, for the message
     ):
-        self.what, self.group = what, group
+        self.what = what
+        self.group = group
+        self.admits = admits
+        self.wanted = wanted
         self._found: dict[str, Any] = {}
 
     def __getitem__(self, name: str) -> Any:
@@ -111,4 +116,8 @@ class Registry(Mapping[str, Any]):
         require(isinstance(name, str), f"the {self.what} is {brief(name)}: give a name")
         if name in self._found:
             return self._found[name]
-        return _find_elsewhere(self.what, name, self.group, self._found)
+        thing = _find_elsewhere(self.what, name, self.group, self._found)
+        registered = any(thing is known for known in self._found.values())
+        fits = registered or self.admits(thing)
+        require(fits, f"the {self.what} {brief(name)} is {brief(thing)}: give {self.wanted}, or register it")
+        return thing

@@ -8,6 +8,7 @@ import base64
 import html
 import importlib
 import io
+import os
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple, cast
@@ -122,3 +123,14 @@ def choice_buttons(options: Sequence, value: Any, description: str, tooltip: str
     "A row of buttons, of which one is chosen; by tab and enter, since JupyterLab takes a menu's arrow keys."
     named = {"options": options, "value": value, "description": description, "tooltip": tooltip}
     return widgets().ToggleButtons(style={"button_width": "auto"}, **named)
+
+# %% ../../nbs/0_core/07_views.ipynb #4c3065d6
+def is_served() -> bool:
+    "Does this notebook run as an application, without its code?"
+    return os.environ.get("SERVER_SOFTWARE", "").startswith("voila/")
+
+def aside(
+    value: Any,  # the value of a cell
+) -> Any:        # itself, or None
+    "A value for those who read the notebook; nothing where it is served as an application."
+    return None if is_served() else value

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from ..core.errors import BavqError, require
 from ..core.registry import Registry
+from ..quantizers.base import is_module_class
 
 # %% auto #0
 __all__ = ['NETWORKS', 'ResidualBlock', 'Encoder', 'Decoder', 'ConvNetwork']
@@ -173,7 +174,7 @@ class Decoder(nn.Module):
         return h
 
 # %% ../../nbs/3_models/01_networks.ipynb #14bc9235
-NETWORKS = Registry("network", "bavq.networks")
+NETWORKS = Registry("network", "bavq.networks", is_module_class, "a subclass of torch.nn.Module")
 
 @NETWORKS.register("conv")
 class ConvNetwork:

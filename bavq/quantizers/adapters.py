@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from ..core.distributed import parallel
 from ..core.errors import BavqError, require
-from .base import (Freezable, Quantized, Quantizer, from_rows, full_precision, latent_rows, learns,
-                                  quantize, recomputing, register_quantizer, usage_metrics)
+from .base import (Freezable, Quantized, Quantizer, full_precision,
+                                  latent_rows, learns, like_latents, quantize, recomputing,
+                                  register_quantizer, usage_metrics)
 from .vq_ema import VQEMAQuantizer
 
 # %% auto #0
@@ -68,11 +69,11 @@ def peer_step(
     require(not recomputing(), "peer_vq would learn twice from a pass that is repeated: "
             "leave it out of activation checkpointing, or freeze it")
     with full_precision(z):
-        x = latent_rows(q, z)
+        x = latent_rows(q, z).to(q.codebook.dtype)
         z_q, index, loss = (v.squeeze(0) for v in q.vq(x[None]))
         q.initialised.fill_(True)
         metrics = usage_metrics(index, q.num_embeddings, z.shape)
-        return Quantized(from_rows(z_q, z.shape), dict(commitment_loss=loss), metrics)
+        return Quantized(like_latents(z_q, z), dict(commitment_loss=loss), metrics)
 
 # %% ../../nbs/2_quantizers/10_adapters.ipynb #b08bb6be
 def sequence_rows(

@@ -7,14 +7,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from ..core.distributed import all_reduce
 from ..core.errors import choose, is_number, require, typed
-from ..theory.metrics import code_counts
-from .base import register_quantizer, row_chunks
+from .base import at_least_float32, middle, register_quantizer, row_chunks
 from .schedules import as_schedule
-from .codebook import EMAQuantizer, PreciseBuffers, at_least_float32, revive
+from .codebook import EMAQuantizer, PreciseBuffers, learnable_rows, revive
 
 # %% auto #0
 __all__ = ['posterior', 'BAQuantizer']
@@ -26,9 +24,15 @@ def posterior(
     nu: Tensor,            # potentials [K]
     beta: float | Tensor,  # inverse temperature, per unit of squared distance
 ) -> Tensor:                   # [N, K], rows sum to 1
-    "P(k|z) ∝ exp(ν_k − β‖z−e_k‖²), without ‖z‖², which cancels."
-    bias = nu - beta * e.square().sum(1)
-    return torch.softmax(torch.addmm(bias, x * (2 * beta), e.T), 1)
+    "P(k|z) ∝ exp(ν_k − β‖z−e_k‖²), measured from the middle of the codes; without ‖z‖², which cancels."
+    x, e = at_least_float32(x, e), at_least_float32(e, x)
+    origin, root = middle(e), beta ** 0.5
+    return scaled_posterior((x - origin) * root, (e - origin) * root, nu)
+
+# %% ../../nbs/2_quantizers/05_ba_vq.ipynb #306f8934
+def scaled_posterior(x: Tensor, e: Tensor, nu: Tensor) -> Tensor:
+    "P(k|z) ∝ exp(ν_k − ‖z−e_k‖²) [N, K]."
+    return torch.softmax(torch.addmm(nu - e.square().sum(1), x, e.T, alpha=2), 1)
 
 # %% ../../nbs/2_quantizers/05_ba_vq.ipynb #1ef83ef6
 @torch.no_grad()
@@ -36,13 +40,16 @@ def soft_statistics(
     x: Tensor,             # latents [N, D]
     e: Tensor,             # codes [K, D]
     nu: Tensor,            # potentials [K]
-    beta: float | Tensor,  # inverse temperature, per unit of squared distance
+    root: float | Tensor,  # √β; β is the inverse temperature, per unit of squared distance
 ) -> tuple[Tensor, Tensor]:    # counts [K], sums [K, D], over all processes
-    "Σ P(k|z) and Σ P(k|z)·z, one chunk of latents at a time."
+    "Σ P(k|z) and Σ P(k|z)·z, one chunk of latents at a time; without latents that are not finite."
+    x, weight = learnable_rows(x)
+    origin = middle(e)
+    e = (e - origin) * root
     counts, sums = x.new_zeros(len(e)), torch.zeros_like(e)
-    for rows in row_chunks(x, len(e)):
-        P = posterior(rows, e, nu, beta)
-        counts += P.sum(0)
+    for rows, weights in zip(row_chunks(x, len(e)), row_chunks(weight, len(e))):
+        P = scaled_posterior((rows - origin) * root, e, nu)
+        counts += weights @ P
         sums.addmm_(P.T, rows)
     return all_reduce(counts), all_reduce(sums)
 
@@ -117,24 +124,26 @@ class BAQuantizer(PreciseBuffers, EMAQuantizer):
 
 # %% ../../nbs/2_quantizers/05_ba_vq.ipynb #723843da
 def update_error_scale(
-    q: BAQuantizer,  # changed in place
-    x: Tensor,       # latents [N, D]
-    nearest: Tensor, # their nearest codes [N, D]
-) -> Tensor:         # the mean squared length of a latent, over all processes
+    q: BAQuantizer,    # changed in place
+    x: Tensor,         # latents [N, D], finite
+    index: Tensor,     # their nearest codes [N]
+    weight: Tensor,    # 1 for each latent, 0 for one that is left out [N]
+) -> Tensor:               # the mean squared distance from the middle of the codes, over all processes
     "Average in the squared distance of this batch; the first one stands as it is."
-    squared_error = F.mse_loss(x, nearest, reduction="sum")
-    sums = torch.stack([squared_error, x.square().sum(), x.new_full((), float(len(x)))])
-    total, squares, rows = all_reduce(sums)
-    error = torch.where(rows > 0, total / rows, q.d_ref)
+    e = at_least_float32(q.codebook, x)
+    squared_error = (x - e[index]).square().sum(1) @ weight
+    squared_length = (x - middle(e)).square().sum(1) @ weight
+    total, squares, rows = all_reduce(torch.stack([squared_error, squared_length, weight.sum()]))
+    error = torch.where(rows > 0, total / rows, q.d_ref).to(q.d_ref.dtype)
     q.d_ref.copy_(torch.where(q.d_ref > 0, q.d_ref.lerp(error, 1 - q.book.decay), error))
     return squares / rows.clamp_min(1)
 
-def absolute_beta(
+def root_beta(
     q: BAQuantizer,
-    length: Tensor,  # mean squared length of a latent
-) -> Tensor:         # scalar, per unit of squared distance
-    "β of this step, in the units of the latents."
-    return q.beta / torch.maximum(q.d_ref, 1e-6 * length).clamp_min(1e-20)
+    length: Tensor,  # mean squared distance of a latent from the middle of the codes
+) -> Tensor:             # scalar, per unit of distance
+    "√β of this step, in the units of the latents."
+    return q.beta.sqrt() / torch.maximum(q.d_ref, 1e-6 * length).clamp_min(1e-38).sqrt()
 
 # %% ../../nbs/2_quantizers/05_ba_vq.ipynb #b56bd5c9
 @torch.no_grad()
@@ -143,13 +152,13 @@ def soft_em_step(
     x: Tensor,       # latents [N, D]
     index: Tensor,   # their nearest codes [N]
 ) -> None:
-    "What a batch does to the codebook and to all that is kept beside it."
-    x = at_least_float32(x)
-    e = at_least_float32(q.codebook)
-    wins = all_reduce(code_counts(index, q.num_embeddings).to(x.dtype))
-    length = update_error_scale(q, x, e[index])
-    q.wins.lerp_(wins, 1 - q.book.decay)
-    counts, sums = soft_statistics(x, e, q.potentials, absolute_beta(q, length))
+    "What a batch does to the codebook and to all that is kept beside it; finite latents alone count."
+    finite, weight = learnable_rows(x)
+    e = at_least_float32(q.codebook, finite)
+    wins = all_reduce(weight.new_zeros(len(e)).index_add_(0, index, weight))
+    length = update_error_scale(q, finite, index, weight)
+    q.wins.lerp_(wins.to(q.wins.dtype), 1 - q.book.decay)
+    counts, sums = soft_statistics(x, e, q.potentials, root_beta(q, length))
     q.book.absorb(counts, sums)
     q.potentials.copy_(next_potentials(q.potentials, counts, q.book.counts, q.exponent))
     if q.exponent <= 0:

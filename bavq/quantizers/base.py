@@ -6,6 +6,8 @@
 from __future__ import annotations
 import contextlib
 import math
+import sys
+import time
 import weakref
 from collections import deque
 from collections.abc import Callable
@@ -13,7 +15,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from ..core.distributed import from_first, gather_rows, parallel
+from ..core.distributed import from_first, gather_rows, is_first, parallel
 from ..core.errors import BavqError, check_keywords, choose, require, typed
 from ..core.registry import Registry
 from ..theory.metrics import code_counts, perplexity_of_counts, usage_of_counts
@@ -25,7 +27,7 @@ __all__ = ['QUANTIZERS', 'squared_distances', 'nearest_code', 'straight_through'
 
 # %% ../../nbs/2_quantizers/01_base.ipynb #506c36aa
 def middle(e: Tensor) -> Tensor:
-    "A point [D] amid the codes e [K, D], which a few codes far away do not move: the median of 16 means."
+    "A point [D] amid codes e [K, D], which a few codes far away do not move: the median of 16 means."
     groups = min(16, len(e))
     size = len(e) // groups
     return e[:groups * size].reshape(groups, size, -1).mean(1).median(0).values
@@ -84,7 +86,7 @@ def score_error(
 # %% ../../nbs/2_quantizers/01_base.ipynb #e905749d
 def two_largest(
     s: Tensor,  # scores [N, K], changed in place
-) -> tuple[Tensor, Tensor, Tensor]:  # where the largest of each row is, the largest, the second largest; [N] each
+) -> tuple[Tensor, Tensor, Tensor]:  # index of each row's largest entry, that entry, the second largest; [N]
     "The two largest entries of each row; of equal ones, the first is the largest."
     index = s.argmax(1, keepdim=True)
     largest = s.gather(1, index)
@@ -156,6 +158,14 @@ def finite_rows(x: Tensor) -> Tensor:
     "Which rows of x [N, D] hold no NaN and nothing infinite, [N] bool."
     return x.sum(1).isfinite()
 
+# %% ../../nbs/2_quantizers/01_base.ipynb #b5378c11
+def at_least_float32(x: Tensor, *others: Tensor) -> Tensor:
+    "x in the highest precision of all that are given, float32 at least."
+    precision = torch.float32
+    for one in (x, *others):
+        precision = torch.promote_types(precision, one.dtype)
+    return x.to(precision)
+
 # %% ../../nbs/2_quantizers/01_base.ipynb #2a7359ce
 @torch.no_grad()
 def nearest_code(
@@ -165,11 +175,10 @@ def nearest_code(
     """Index of the nearest code of each latent, without a table of all distances.
 
     It does not depend on the other latents; of codes equally near, the lowest index is taken."""
-    precision = torch.promote_types(torch.promote_types(x.dtype, e.dtype), torch.float32)
-    x, e = x.to(precision), e.to(precision)
+    x, e = at_least_float32(x, e), at_least_float32(e, x)
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return search_and_compare_two(x, e)
-    return nearest_in_float64(x, e) if precision == torch.float64 else search_and_look_again(x, e)
+    return nearest_in_float64(x, e) if x.dtype == torch.float64 else search_and_look_again(x, e)
 
 # %% ../../nbs/2_quantizers/01_base.ipynb #d3e1b013
 def unit(x: Tensor) -> Tensor:
@@ -225,9 +234,14 @@ def init_uniform(
     x: Tensor,            # latents [N, D], whatever they are
     num_embeddings: int,  # K
 ) -> Tensor:                  # codes [K, D]
-    "Codes uniform in ±1/K (van den Oord et al. 2017, released code)."
+    "Codes uniform in ±1/K, as many implementations draw them; Sonnet's released code scales by 1/√D instead."
     codes = x.new_empty(num_embeddings, x.shape[1])
     return codes.uniform_(-1 / num_embeddings, 1 / num_embeddings)
+
+def spread(x: Tensor) -> Tensor:
+    "Standard deviation of each dimension [D], also where squares of x [N, D] would overflow or vanish."
+    size = x.abs().amax().clamp_min(1e-30)
+    return size * (x / size).std(0, unbiased=False)
 
 def init_data(
     x: Tensor,            # latents [N, D]
@@ -236,23 +250,94 @@ def init_data(
     "K of the latents at random; where N < K, the rest are repeats with a little noise."
     rounds = -(-num_embeddings // len(x))
     pick = torch.randperm(len(x)).repeat(rounds)[:num_embeddings]
-    noise = 0.01 * x.std(0, unbiased=False) * torch.randn(num_embeddings, x.shape[1]).to(x)
+    noise = 0.01 * spread(x) * torch.randn(num_embeddings, x.shape[1]).to(x)
     is_repeat = torch.arange(num_embeddings, device=x.device) >= len(x)
     return x[pick.to(x.device)] + noise * is_repeat[:, None]
 
 # %% ../../nbs/2_quantizers/01_base.ipynb #8766bd79
+class SeedingCell:
+    "Latents that share first codes, and how far each is from the nearest one so far."
+    def __init__(self,
+        x: Tensor,    # latents [n, D]
+        trials: int,  # latents tried for each code
+    ):
+        self.x, self.trials = x, trials
+        self.square = x.square().sum(1)
+        self.distance = torch.full_like(self.square, 1e30)   # squared, to the nearest code [n]
+        self.codes: list[Tensor] = []
+
+    def choose(self, count: int) -> None:
+        "So many more codes: the best of some latents drawn in proportion to their squared distances."
+        while count > 0:
+            together = min(count, 1 + sum(map(len, self.codes)) // 256)
+            count -= self._choose_together(together)
+
+    def _choose_together(self, count: int) -> int:
+        x, trials = self.x, self.trials
+        drawn = torch.multinomial(self.distance.clamp_min(1e-20), count * trials, replacement=True)
+        d = torch.addmm(self.square, x[drawn], x.T, alpha=-2).add_(self.square[drawn][:, None])
+        d = torch.minimum(d.clamp_(min=0), self.distance)   # what would be left [count · trials, n]
+        best = d.sum(1).view(count, trials).argmin(1)
+        best = best + trials * torch.arange(count, device=x.device)
+        rows = drawn[best].unique()
+        self.codes.append(x[rows])
+        self.distance = d[best].amin(0).index_fill_(0, rows, 0)
+        return len(rows)
+
+# %% ../../nbs/2_quantizers/01_base.ipynb #3c79b7f4
+def split_in_two(x: Tensor) -> tuple[Tensor, Tensor]:
+    "Rows [n, D] on either side of the median, along their longest direction."
+    sample = x[:256] - x[:256].mean(0)
+    direction = torch.linalg.svd(sample, full_matrices=False).Vh[0]
+    order = (x @ direction).argsort()
+    return x[order[:len(x) // 2]], x[order[len(x) // 2:]]
+
+def seeding_cells(
+    x: Tensor,            # latents [N, D]
+    num_embeddings: int,  # K
+) -> list[SeedingCell]:
+    "Cells of 16,384 neighbours at most, each with one code."
+    parts = [x]
+    while len(parts[0]) > 16384:
+        parts = [half for part in parts for half in split_in_two(part)]
+    trials = 2 + int(math.log(num_embeddings / len(parts)))
+    cells = [SeedingCell(part, trials) for part in parts]
+    for cell in cells:
+        cell.choose(1)
+    return cells
+
+# %% ../../nbs/2_quantizers/01_base.ipynb #16367ef1
+def seed_codes(
+    x: Tensor,            # centred latents [N, D] of size one, more than K
+    num_embeddings: int,  # K
+) -> Tensor:                  # [K, D]
+    "k-means++ within cells, which share the codes by what is left of the error in each."
+    cells = seeding_cells(x, num_embeddings)
+    chosen, started, silent = len(cells), time.monotonic(), True
+    while chosen < num_embeddings:
+        count = min(num_embeddings - chosen, 1 + chosen // 64)
+        left = torch.stack([cell.distance.sum() for cell in cells]).clamp_min(1e-20)
+        shares = torch.bincount(torch.multinomial(left, count, replacement=True), minlength=len(cells))
+        for cell, share in zip(cells, shares.tolist()):
+            cell.choose(share)
+        chosen += count
+        if silent and time.monotonic() - started > 2:
+            silent = False
+            print(f"first codes by k-means++: {chosen} of {num_embeddings} after 2 s", file=sys.stderr)
+    return torch.cat([code for cell in cells for code in cell.codes])
+
 def init_kmeans_plus_plus(
     x: Tensor,            # latents [N, D]
     num_embeddings: int,  # K
 ) -> Tensor:                  # codes [K, D]
-    "K of the latents far from each other: k-means++ on at most 10·K of them."
-    from sklearn.cluster import kmeans_plusplus
-    x = x[torch.randperm(len(x))[:10 * num_embeddings].to(x.device)]
+    "K of the latents far from each other: k-means++ on at most 10·K of them (and 131,072, or 2·K)."
     if len(x) <= num_embeddings:
         return init_data(x, num_embeddings)
-    seed = int(torch.randint(2**31, ()))
-    _, pick = kmeans_plusplus(x.cpu().double().numpy(), num_embeddings, random_state=seed)
-    return x[torch.as_tensor(pick, device=x.device)]
+    rows = max(2 * num_embeddings, min(10 * num_embeddings, 2**17))
+    x = x[torch.randperm(len(x))[:rows].to(x.device)]
+    origin = x.mean(0)
+    size = (x - origin).abs().amax().clamp_min(1e-30)
+    return seed_codes((x - origin) / size, num_embeddings) * size + origin
 
 INITIALIZERS = {"uniform": init_uniform, "data": init_data, "kmeans++": init_kmeans_plus_plus}
 
@@ -305,6 +390,17 @@ def from_rows(
         return x
     grid = x.view(shape[0], *shape[2:], *x.shape[1:])
     return grid.movedim((1, 2), (-2, -1)).contiguous()
+
+# %% ../../nbs/2_quantizers/01_base.ipynb #6f880ab7
+def like_latents(
+    rows: Tensor,  # [N, D]
+    z: Tensor,     # latents [B, D, H, W] or [N, D]
+) -> Tensor:           # of the shape, the precision and the memory format of z
+    "Rows as the latents came."
+    out = from_rows(rows.to(z.dtype), z.shape)
+    if z.dim() == 2 or z.is_contiguous() or not z.is_contiguous(memory_format=torch.channels_last):
+        return out
+    return out.contiguous(memory_format=torch.channels_last)
 
 # %% ../../nbs/2_quantizers/01_base.ipynb #ee3d3707
 def check_finite(x: Tensor) -> None:
@@ -379,7 +475,8 @@ class QuantizerVerbs(LearningHooks):
     codes_key: str = "embedding"      # name of the codes in the state
 
     def set_codes(self, codes: Tensor) -> None:
-        "Put all codes somewhere [K, D]; no batch sets them any more."
+        "Put all codes somewhere [K, D], all of them finite; no batch sets them any more."
+        check_codes(codes, self.num_embeddings, self.embedding_dim)
         self.write_codes(self.prepare(codes))
         self.initialised.fill_(1)
         self._ready = True
@@ -389,10 +486,19 @@ class QuantizerVerbs(LearningHooks):
     def decode(self, indices: Tensor) -> Tensor: return codes_at(self, indices)
 
     def _load_from_state_dict(self, state_dict, prefix, *more):
-        was_set = self.initialised
+        was_set = self.initialised.clone()
         brought = brings_codes(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *more)
         record_loading(self, was_set, brought, f"{prefix}initialised" in state_dict)
+
+# %% ../../nbs/2_quantizers/01_base.ipynb #c6dfa150
+def check_codes(codes: Tensor, num_embeddings: int, embedding_dim: int) -> None:
+    "Raise a `BavqError` unless codes are finite numbers [K, D]. Waits for the device."
+    wanted = (num_embeddings, embedding_dim)
+    found = tuple(codes.shape) if torch.is_tensor(codes) else type(codes).__name__
+    require(found == wanted, f"codes have shape {found}: give [K, D], here {list(wanted)}")
+    finite = codes.device.type == "meta" or bool(codes.isfinite().all())
+    require(finite, "codes hold NaN or infinite values: give finite ones")
 
 # %% ../../nbs/2_quantizers/01_base.ipynb #c8a10981
 def brings_codes(
@@ -468,8 +574,9 @@ def latent_rows(
     q: QuantizerVerbs,  # a quantizer that searches a codebook
     z: Tensor,          # latents [B, D, H, W] or [N, D]
 ) -> Tensor:                # [N, D]
-    "Latents as the quantizer measures them: rows, of length one where the distance is cosine."
-    x = to_rows(z, q.embedding_dim).to(q.codebook.dtype)
+    "Latents as the quantizer measures them: rows in float32 at least, of length one under cosine distance."
+    rows = to_rows(z, q.embedding_dim)
+    x = at_least_float32(rows, q.codebook)
     if x.device.type == "cpu":
         check_finite(x)
     return q.prepare(x)
@@ -534,7 +641,7 @@ def quantize(
         if learns(q) and not recomputing():
             q.update(x.detach(), index)
         metrics = usage_metrics(index, q.num_embeddings, z.shape)
-        return Quantized(from_rows(z_q, z.shape), losses, metrics | q.report())
+        return Quantized(like_latents(z_q, z), losses, metrics | q.report())
 
 def learns(q: Any) -> bool:
     "Does a forward pass change the codes?"
@@ -584,7 +691,8 @@ def remember(
     if x.grad_fn is None:
         passes.without.append(kept)
     else:
-        x.grad_fn.metadata[kept] = kept
+        metadata: Any = x.grad_fn.metadata
+        metadata[kept] = kept
         passes.with_graph.add(kept)
 
 # %% ../../nbs/2_quantizers/01_base.ipynb #20864b38
@@ -596,8 +704,8 @@ def first_pass(
     "What the pass that this one repeats has chosen. Waits for the device."
     passes = FIRST_PASSES.get(q, FirstPasses())
     alike = [p for p in (*passes.with_graph, *passes.without) if p.x.shape == x.shape]
-    apart = [float((p.x - x).square().sum()) for p in alike]
-    near = 1e-4 * float(x.square().sum()) + 1e-30
+    apart = [float((p.x - x).nan_to_num(0, 0, 0).square().sum()) for p in alike]
+    near = 1e-4 * float(x.nan_to_num(0, 0, 0).square().sum()) + 1e-30
     found = bool(apart) and min(apart) <= near
     require(found, "a checkpointed forward pass is repeated, but what it chose at first is not known any more: "
             "call backward before further passes, or use_reentrant=False")
@@ -616,7 +724,7 @@ def choose_codes(
     codes = q.codebook
     first = first_pass(q, x) if again else None
     index = nearest_code(x, codes) if first is None else first.index
-    e = F.embedding(index, codes)
+    e = F.embedding(index, codes).to(x.dtype)
     if first is not None:
         return index, first.e + (e - e.detach()) if e.requires_grad else first.e
     if moves and not torch.compiler.is_compiling():
@@ -636,8 +744,10 @@ def set_first_codes(
     check_finite(x)
     rows = gather_rows(x)
     if len(rows):
-        codes = q.first_codes(rows, q.num_embeddings)
-        q.set_codes(from_first(codes.contiguous()))
+        codes = rows.new_empty(q.num_embeddings, rows.shape[1])
+        if is_first():
+            codes = q.first_codes(rows, q.num_embeddings).contiguous()
+        q.set_codes(from_first(codes))
 
 # %% ../../nbs/2_quantizers/01_base.ipynb #9446a6f2
 def initialise(
@@ -650,8 +760,13 @@ def initialise(
     else:
         set_first_codes(q, x)
 
+# %% ../../nbs/2_quantizers/01_base.ipynb #97598418
+def is_module_class(thing: Any) -> bool:
+    "Is it a class of modules, which may be made from a name in a configuration?"
+    return isinstance(thing, type) and issubclass(thing, nn.Module)
+
 # %% ../../nbs/2_quantizers/01_base.ipynb #bca37685
-QUANTIZERS = Registry("quantizer", "bavq.quantizers")
+QUANTIZERS = Registry("quantizer", "bavq.quantizers", is_module_class, "a subclass of torch.nn.Module")
 
 def register_quantizer(
     name: str,  # that configurations, comparisons and the command line will use; refused where it is taken
@@ -668,31 +783,37 @@ def write_parameter(
 ) -> None:
     "Write a parameter in place, also one that FSDP2 has split over processes."
     parameter = q.get_parameter(name)
-    split = hasattr(parameter, "placements")
-    if not split and getattr(q, "_is_fsdp_managed_module", False):
-        holder = sharding_module(q)
-        holder.reshard()
-        write_parameter(q, name, codes)
-        holder.unshard()
-    elif split:
-        from torch.distributed.tensor import DTensor, distribute_tensor
-        assert isinstance(parameter, DTensor)
-        parts = distribute_tensor(codes.to(parameter.dtype), parameter.device_mesh, parameter.placements)
-        parameter.copy_(parts)
-    else:
-        parameter.copy_(codes)
+    if hasattr(parameter, "placements"):   # outside a forward pass of FSDP2
+        write_part(parameter, codes)
+        return
+    parameter.copy_(codes)
+    if getattr(q, "_is_fsdp_managed_module", False):
+        write_part(split_parameter(q, name), codes)
+
+def write_part(
+    parameter: Any,  # a DTensor [K, D]
+    codes: Tensor,   # [K, D]
+) -> None:
+    "Write this process's part of a parameter that is split."
+    from torch.distributed.tensor import distribute_tensor
+    codes = codes.to(parameter.dtype)
+    parameter.copy_(distribute_tensor(codes, parameter.device_mesh, parameter.placements))
 
 # %% ../../nbs/2_quantizers/01_base.ipynb #d759267c
-def sharding_module(q: nn.Module) -> Any:
-    "The innermost module around q that FSDP2 has split, or a `BavqError` where this PyTorch does not tell."
+def split_parameter(q: nn.Module, name: str) -> Any:
+    "What FSDP2 keeps of a parameter between passes; a `BavqError` where this PyTorch does not tell."
     try:
         from torch.distributed._composable_state import _module_state_mapping
-        from torch.distributed.fsdp import FSDPModule
-    except ImportError:
-        raise BavqError("this PyTorch does not tell how fully_shard has split the codes: "
-                        "set them before, with set_codes or one batch in training mode") from None
-    around = [m for m in list(_module_state_mapping) if isinstance(m, FSDPModule) and q in m.modules()]
-    return min(around, key=lambda m: sum(1 for _ in m.modules()))
+        states = [state for state in (ref() for ref in list(_module_state_mapping.values())) if state]
+        for state in states:
+            for group in getattr(state, "_fsdp_param_groups", ()):
+                for kept in group.fsdp_params:
+                    if kept._module_info.module is q and kept._module_info.param_name == name:
+                        return kept.sharded_param
+    except (ImportError, AttributeError):
+        pass
+    raise BavqError("this PyTorch does not tell how fully_shard has split the codes: "
+                    "set them before it, with set_codes or one batch in training mode")
 
 # %% ../../nbs/2_quantizers/01_base.ipynb #54944070
 @register_quantizer("vq")

@@ -10,15 +10,19 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from ..core.distributed import all_reduce, from_first, parallel, row_counts
 from ..core.errors import require, typed
-from .base import Quantizer, init_uniform
+from .base import Quantizer, at_least_float32, finite_rows, init_uniform
 
 # %% auto #0
 __all__ = ['EMACodebook', 'revive', 'EMAQuantizer']
 
-# %% ../../nbs/2_quantizers/03_codebook.ipynb #db2a6508
-def at_least_float32(x: Tensor) -> Tensor:
-    "The precision in which sums are taken: float64 where x has it, else float32."
-    return x if x.dtype == torch.float64 else x.float()
+# %% ../../nbs/2_quantizers/03_codebook.ipynb #27b34d3b
+def learnable_rows(
+    x: Tensor,  # latents [N, D]
+) -> tuple[Tensor, Tensor]:  # x in float32 at least, zeros where a row is not finite; weights [N]
+    "What may be learned from: a weight of 1 for each latent that is finite, of 0 for others."
+    x = at_least_float32(x)
+    finite = finite_rows(x)
+    return torch.where(finite[:, None], x, 0), finite.to(x.dtype)
 
 # %% ../../nbs/2_quantizers/03_codebook.ipynb #d5432ec9
 class PreciseBuffers(nn.Module):
@@ -31,7 +35,7 @@ class PreciseBuffers(nn.Module):
         for name, kept in before.items():
             moved = self.get_buffer(name)
             if moved.dtype in (torch.bfloat16, torch.float16):
-                self._buffers[name] = kept.to(moved.device)
+                self._buffers[name] = kept.to(moved.device, torch.float32)
         return self
 
 # %% ../../nbs/2_quantizers/03_codebook.ipynb #1f0c64b8
@@ -40,9 +44,9 @@ def hard_statistics(
     index: Tensor,        # the code of each [N]
     num_embeddings: int,  # K
 ) -> tuple[Tensor, Tensor]:   # counts [K], sums [K, D], over all processes
-    "How many latents each code won, and their sum."
-    x = at_least_float32(x)
-    counts = x.new_zeros(num_embeddings).index_add_(0, index, x.new_ones(len(x)))
+    "How many latents each code won, and their sum; without those that are not finite."
+    x, weight = learnable_rows(x)
+    counts = x.new_zeros(num_embeddings).index_add_(0, index, weight)
     sums = x.new_zeros(num_embeddings, x.shape[1]).index_add_(0, index, x)
     return all_reduce(counts), all_reduce(sums)
 
@@ -59,7 +63,7 @@ class EMACodebook(PreciseBuffers):
         decay: float = 0.99,  # γ; the memory is 1/(1-γ) batches
     ):
         super().__init__()
-        require(0 <= decay < 1, f"decay is {decay}: give a number from 0 up to, not including, 1")
+        check_decay(decay)
         self.decay = decay
         self.register_buffer("codes", codes.clone())
         self.register_buffer("counts", torch.ones(len(codes)))
@@ -81,6 +85,11 @@ class EMACodebook(PreciseBuffers):
         "Average in one batch's counts [K] and sums [K, D]."
         absorb(self, counts, sums)
 
+# %% ../../nbs/2_quantizers/03_codebook.ipynb #889d4211
+def check_decay(decay: float) -> None:
+    "Raise a `BavqError` unless a running mean can have this decay."
+    require(0 <= decay < 1, f"decay is {decay}: give a number from 0 up to, not including, 1")
+
 # %% ../../nbs/2_quantizers/03_codebook.ipynb #f7e55785
 NOTHING = 1e-10   # of a latent: a code that gets no more of a batch keeps its place
 
@@ -90,8 +99,8 @@ def absorb(
     sums: Tensor,       # of one batch [K, D]
 ) -> None:
     "Average in one batch; codes that got nothing of it stay where they are."
-    book.counts.lerp_(counts, 1 - book.decay)
-    book.sums.lerp_(sums, 1 - book.decay)
+    book.counts.lerp_(counts.to(book.counts.dtype), 1 - book.decay)
+    book.sums.lerp_(sums.to(book.sums.dtype), 1 - book.decay)
     means = book.sums / book.counts[:, None]
     got_latents = (counts > NOTHING)[:, None]
     book.codes.copy_(torch.where(got_latents, means, book.codes))
@@ -103,10 +112,11 @@ def spread_places(
 ) -> Tensor:            # [n] int64, from 0 to total-1
     "A random place in each n-th part of the rows, in random order: none twice, where there are n rows."
     part = torch.randperm(n, device=total.device)
-    low = part * total // n
-    width = ((part + 1) * total // n - low).clamp_min(1)
-    within = (torch.rand(n, device=total.device) * width).long()
-    return low + torch.minimum(within, width - 1)
+    first = part * total // n
+    width = ((part + 1) * total // n - first).clamp_min(1)
+    within = torch.minimum((torch.rand(n, device=total.device) * width).long(), width - 1)
+    turn = (torch.rand((), device=total.device) * total).long()   # else rows of small parts came more often
+    return (first + within + turn) % total.clamp_min(1)
 
 # %% ../../nbs/2_quantizers/03_codebook.ipynb #7a068e2e
 def sample_rows(

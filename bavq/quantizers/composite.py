@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from ..core.distributed import own_generator
 from ..core.errors import BavqError, is_whole, require, typed
-from .base import (Freezable, Quantized, check_indices, from_rows, full_precision, make_quantizer,
-                                  register_quantizer, to_rows)
+from .base import (Freezable, Quantized, at_least_float32, check_indices, from_rows,
+                                  full_precision, like_latents, make_quantizer, register_quantizer, to_rows)
 from ..theory.metrics import perplexity_of_counts
 
 # %% auto #0
@@ -105,10 +105,10 @@ def part_sizes(
 # %% ../../nbs/2_quantizers/07_composite.ipynb #f42a6640
 def run_counts(
     index: Tensor,  # [N] integers
-) -> Tensor:       # [N]: how often each index that occurs does, then zeros
+) -> Tensor:       # [N]: how often each index that occurs does, then zeros; [1] for none
     "Counts of the indices there are, whatever K, in memory of order N."
     if not index.numel():
-        return torch.zeros_like(index)
+        return index.new_zeros(1)
     s = index.sort().values
     run = F.pad((s[1:] != s[:-1]).long().cumsum(0), (1, 0))
     return torch.zeros_like(s).scatter_add_(0, run, torch.ones_like(s))
@@ -217,8 +217,7 @@ def precise_rows(
     embedding_dim: int,  # D
 ) -> Tensor:             # [N, D], float32 at least
     "Latents as rows, in a precision in which they can be subtracted."
-    x = to_rows(z, embedding_dim)
-    return x if x.dtype == torch.float64 else x.float()
+    return at_least_float32(to_rows(z, embedding_dim))
 
 # %% ../../nbs/2_quantizers/07_composite.ipynb #daf95451
 def quantize_parts(
@@ -228,12 +227,11 @@ def quantize_parts(
     "One forward pass: that of each part, joined and measured."
     with full_precision(z):
         z_q, losses, outs = q.quantize_rows(precise_rows(z, q.embedding_dim), z.shape)
-        z_q = from_rows(z_q.to(outs[0].z_q.dtype), z.shape)
         metrics = [out.metrics for out in outs]
         index = join_indices([m["code_indices"] for m in metrics], q.sizes)
         joint = batch_usage(index, q.num_embeddings)
         joint["code_indices"] = from_rows(index, z.shape)
-        return Quantized(z_q, losses, part_metrics(metrics) | joint)
+        return Quantized(like_latents(z_q, z), losses, part_metrics(metrics) | joint)
 
 # %% ../../nbs/2_quantizers/07_composite.ipynb #e30eb0c5
 def part_metrics(
@@ -257,7 +255,8 @@ def decode_parts(
     "The codes that indices stand for."
     check_indices(indices, q.num_embeddings)
     chosen = split_indices(indices.long().flatten(), q.sizes)
-    e = q.put_together([p.decode(i) for p, i in zip(q.parts[:parts], chosen)])
+    codes = [p.decode(i) for p, i in zip(q.parts[:parts], chosen)]
+    e = q.put_together([at_least_float32(code) for code in codes]).to(codes[0].dtype)
     if indices.dim() == 1:
         return e
     return from_rows(e, torch.Size((len(indices), q.embedding_dim, *indices.shape[1:])))

@@ -4,6 +4,7 @@
 
 # %% ../../nbs/2_quantizers/11_contract.ipynb #b3192848
 from __future__ import annotations
+import contextlib
 import copy
 from typing import Any
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from ..core.errors import BavqError, require
 from ..theory.metrics import code_counts, perplexity_of_counts
 from ..theory.sources import mixture_source
-from .base import QuantizerLike, nearest_code, to_rows
+from .base import QuantizerLike, at_least_float32, nearest_code, to_rows
 
 # %% auto #0
 __all__ = ['check_quantizer', 'fit_codebook', 'show_quantizer']
@@ -39,14 +40,28 @@ def need_metrics(metrics: dict[str, Tensor], z: Tensor) -> None:
     require(like_grid, "code_indices have another shape than the grid: return [B, H, W] or [N]")
 
 # %% ../../nbs/2_quantizers/11_contract.ipynb #175ee4d5
-def _rule_gradient(q, z):
-    "a finite gradient reaches z"
+def gradient(q, z: Tensor) -> Tensor:
+    "Of all losses and a reconstruction, with respect to latents z."
     z = z.clone().requires_grad_(True)
     z_q, losses, _ = q.train()(z)
-    loss = (z_q * z.detach().sin()).sum() + sum(losses.values())
-    g, = torch.autograd.grad(loss, z)
+    loss = (z_q * z.detach().cos()).sum() + sum(losses.values())
+    return torch.autograd.grad(loss, z)[0]
+
+def _rule_gradient(q, z):
+    "a finite gradient reaches z"
+    g = gradient(q, z)
     passes = bool(g.isfinite().all() and g.abs().sum() > 0)
     require(passes, "no finite gradient reaches z: estimate it, for instance with straight_through")
+
+# %% ../../nbs/2_quantizers/11_contract.ipynb #13b014ff
+def _rule_gradient_in_eval(q, z):
+    "in evaluation too a gradient reaches z through z_q"
+    z = z.clone().requires_grad_(True)
+    z_q = q.eval()(z).z_q
+    g = torch.autograd.grad(z_q.sum(), z, allow_unused=True)[0] if z_q.requires_grad else None
+    passes = g is not None and bool(g.isfinite().all() and g.abs().sum() > 0)
+    require(passes, "in evaluation no gradient reaches z through z_q: an encoder before a frozen quantizer would "
+            "learn nothing from the decoder; estimate wherever z.requires_grad")
 
 # %% ../../nbs/2_quantizers/11_contract.ipynb #5bca56e8
 def _rule_round_trip(q, z):
@@ -55,17 +70,29 @@ def _rule_round_trip(q, z):
     for v in (z, to_rows(z, z.shape[1])):
         out = q(v)
         index = q.encode(v)
-        same_codes = torch.equal(out.z_q, q.decode(index))
+        same_codes = torch.equal(out.z_q, q.decode(index).to(v.dtype))
         require(same_codes, "in evaluation z_q differs from decode(encode(z)): "
                 "let the decoder see the code itself")
         same_indices = torch.equal(out.metrics["code_indices"], index)
         require(same_indices, "code_indices differ from encode(z): return the indices that z_q was made from")
 
+# %% ../../nbs/2_quantizers/11_contract.ipynb #cc9fac91
+def place_codes(q, scale: float, mean: float) -> None:
+    "Codes at random around a mean, in units of the scale; where a quantizer has such codes."
+    with contextlib.suppress(AttributeError, NotImplementedError):
+        q.set_codes(scale * (torch.randn_like(at_least_float32(q.codebook)) + mean))
+
 def _rule_batch_mates(q, z):
     "in evaluation an index does not depend on its batch mates"
-    alone = torch.cat([q.eval().encode(v[None]) for v in z])
-    same = torch.equal(alone, q.encode(z))
-    require(same, "an index changes with the batch around it: use running statistics in evaluation")
+    q = copy.deepcopy(q).eval()
+    rows = to_rows(z, z.shape[1])
+    for scale, mean in ((1, 0), (1, 30), (1, 1000), (1e-12, 0), (1e12, 0)):
+        place_codes(q, scale, mean)
+        moved = scale * (rows + mean)
+        alone = torch.cat([q.encode(row[None]) for row in moved[:40]])
+        same = torch.equal(alone, q.encode(moved)[:40])
+        require(same, "an index changes with the batch around it: use running statistics in evaluation, "
+                f"and measure distances from the middle of the codes (here, mean/deviation is {mean})")
 
 # %% ../../nbs/2_quantizers/11_contract.ipynb #fa1373c3
 def changed_state(q, before: dict) -> list[str]:
@@ -92,6 +119,43 @@ def _rule_state_dict(q, z):
     require(alike, "a copy loaded from state_dict gives other indices or learns otherwise: "
             "keep all state in parameters and buffers")
 
+# %% ../../nbs/2_quantizers/11_contract.ipynb #2998275b
+def gradients_and_state(q, z: Tensor, checkpointed: dict | None) -> tuple[list[Tensor], dict[str, Tensor]]:
+    "What one training step leaves, with activation checkpointing or without."
+    from torch.utils.checkpoint import checkpoint
+    q, z = copy.deepcopy(q).train(), z.clone().requires_grad_(True)
+
+    def loss(v):
+        z_q, losses, _ = q(v)
+        return (z_q * v.detach().sin()).sum() + sum(losses.values())
+
+    torch.manual_seed(0)
+    (loss(z) if checkpointed is None else checkpoint(loss, z, **checkpointed)).backward()
+    grads = [v.grad for v in (z, *q.parameters()) if v.grad is not None]
+    return grads, q.state_dict()
+
+# %% ../../nbs/2_quantizers/11_contract.ipynb #8f1ecb43
+def _rule_repeated_pass(q, z):
+    "a pass that is repeated in the backward pass changes nothing, and gives the same gradients"
+    grads, state = gradients_and_state(q, z, None)
+    for reentrant in (False, True):
+        grads_again, state_again = gradients_and_state(q, z, dict(use_reentrant=reentrant))
+        same = len(grads) == len(grads_again) and all(map(torch.allclose, grads, grads_again))
+        once = all(torch.equal(v, state_again[k]) for k, v in state.items())
+        require(same and once, "activation checkpointing changes the gradients or the state: "
+                "learn nothing from a pass in which 01_base's recomputing() is true, and use the first one's codes")
+
+def _rule_frozen(q, z):
+    "frozen, it learns nothing in training"
+    if not hasattr(q, "freeze"):
+        return
+    frozen = copy.deepcopy(q).train()
+    frozen.freeze()
+    before = copy.deepcopy(frozen.state_dict())
+    frozen(z)
+    changed = changed_state(frozen, before) + [k for k, p in frozen.named_parameters() if p.requires_grad]
+    require(not changed, f"frozen, it still changes {', '.join(changed)}: update only where learns(q) is true")
+
 # %% ../../nbs/2_quantizers/11_contract.ipynb #7de98d9c
 def _rule_precision(q, z):
     "mixed precision changes no index"
@@ -100,6 +164,36 @@ def _rule_precision(q, z):
     same = torch.equal(low.z_q, q(z).z_q)
     require(same, "bfloat16 autocast changes the codes: compute in float32, with autocast disabled inside")
 
+# %% ../../nbs/2_quantizers/11_contract.ipynb #b100a433
+def _rule_as_latents(q, z):
+    "z_q has the precision and the memory format of z; losses are float32"
+    for v in (z.half(), z.bfloat16(), z.to(memory_format=torch.channels_last)):
+        z_q, losses, _ = q.train()(v)
+        message = f"z_q is {z_q.dtype} for latents {v.dtype}: return the input's precision"
+        require(z_q.dtype == v.dtype, message)
+        require(all(torch.finfo(l.dtype).bits >= 32 for l in losses.values()),
+                "a loss is in half precision: compute it in float32")
+        require(z_q.stride() == v.stride(), "z_q has another memory format than z: return the input's")
+
+def _rule_half(q, z):
+    "a module in half precision finds the codes that it would find in float32"
+    half = copy.deepcopy(q).bfloat16().eval()
+    single = copy.deepcopy(half).float()
+    z = (20 * z).bfloat16()
+    same = torch.equal(half.encode(z), single.encode(z.float()))
+    require(same, "a module in bfloat16 finds other codes than in float32: search in float32")
+
+def _rule_bad_latents(q, z):
+    "a latent that is not finite changes no code"
+    q, x = copy.deepcopy(q).train(), to_rows(z, z.shape[1]).clone()
+    index = copy.deepcopy(q).train()(x).metrics["code_indices"]
+    x[0], x[1] = float("nan"), float("inf")
+    if hasattr(q, "update"):   # the forward pass may refuse such a batch; the update must not need that
+        q.update(x, index)
+    finite = all(v.isfinite().all() for v in q.state_dict().values())
+    require(finite, "one latent that is NaN makes codes NaN: leave it out of every sum")
+
+# %% ../../nbs/2_quantizers/11_contract.ipynb #ed7480d8
 def _rule_no_wait(q, z):
     "the forward pass never waits for the device"
     try:
@@ -114,9 +208,18 @@ def _rule_anneal(q, z):
         q.anneal(progress)
         q.train()(z)
 
+def _rule_zero(q, z):
+    "a latent of zero gets a gradient like others"
+    z = z.clone()
+    z[0, :, 0, 0] = 0
+    size = gradient(q, z).abs().amax(1)
+    like_others = bool(size[0, 0, 0] <= 1e4 * size.median())
+    require(like_others, "a latent of zero has a huge gradient: do not divide by its length")
+
 # %% ../../nbs/2_quantizers/11_contract.ipynb #17d7ffce
-RULES = (_rule_shapes, _rule_gradient, _rule_round_trip, _rule_batch_mates, _rule_eval_keeps_state,
-         _rule_state_dict, _rule_precision, _rule_no_wait, _rule_anneal)
+RULES = (_rule_shapes, _rule_gradient, _rule_gradient_in_eval, _rule_round_trip, _rule_batch_mates,
+         _rule_eval_keeps_state, _rule_state_dict, _rule_precision, _rule_as_latents, _rule_no_wait,
+         _rule_half, _rule_bad_latents, _rule_anneal, _rule_zero, _rule_repeated_pass, _rule_frozen)
 MEMBERS = ("encode", "decode", "codebook", "num_embeddings", "embedding_dim", "anneal")
 
 # %% ../../nbs/2_quantizers/11_contract.ipynb #cda053ee

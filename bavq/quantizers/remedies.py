@@ -12,12 +12,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from ..core.distributed import all_reduce, from_first, parallel, row_counts
 from ..core.errors import choose, require, typed
-from .base import (Freezable, Quantized, Quantizer, VectorQuantizer, full_precision, latent_rows,
-                                  register_quantizer, squared_distances)
-from .codebook import EMACodebook, hard_statistics, revive
+from .base import (Freezable, Quantized, Quantizer, VectorQuantizer, at_least_float32,
+                                  full_precision, latent_rows, register_quantizer, squared_distances)
+from .codebook import EMACodebook, hard_statistics, learnable_rows, revive
 from .schedules import geometric
 from .vq_ema import VQEMAQuantizer
-from ..theory.metrics import code_counts
 
 # %% auto #0
 __all__ = ['entropy_term', 'WithLosses', 'with_losses', 'ramp', 'Scheduled', 'scheduled', 'GrowingQuantizer']
@@ -26,6 +25,7 @@ __all__ = ['entropy_term', 'WithLosses', 'with_losses', 'ramp', 'Scheduled', 'sc
 class Wrapped(Freezable):
     "A quantizer around another: everything is the inner one's, until a subclass changes it."
     base: Any  # a quantizer
+    _own = frozenset({"training", "base", "terms", "schedules", "factors"})  # not those of the inner one
 
     def __init__(self,
         base: nn.Module,  # any quantizer that keeps the contract
@@ -43,6 +43,14 @@ class Wrapped(Freezable):
     def encode(self, z: Tensor) -> Tensor: return self.base.encode(z)
     def decode(self, indices: Tensor) -> Tensor: return self.base.decode(indices)
     def anneal(self, progress: float) -> None: self.base.anneal(progress)
+
+    def __setattr__(self, name: str, value: Any) -> None:  # the inner one's attributes are set there
+        base = self.__dict__.get("_modules", {}).get("base")
+        inner = base is not None and name not in self._own and not hasattr(type(self), name)
+        if inner and hasattr(base, name):
+            setattr(base, name, value)
+        else:
+            super().__setattr__(name, value)
 
     def __getattr__(self, name: str) -> Any:  # whatever else the inner one has: distance, estimate, …
         try:
@@ -115,7 +123,8 @@ def entropy_loss(
     with full_precision(z):
         e = q.codebook if codes else q.codebook.detach()
         e = e.clone()   # the next batch changes the codebook in place
-        log_P = log_assignments(latent_rows(q, z), e, sharpness, q.training)
+        x = latent_rows(q, z)
+        log_P = log_assignments(x, at_least_float32(e, x), sharpness, q.training)
         even, unclear = entropies(log_P, q.training)
         return weight * (unclear - even)
 
@@ -309,7 +318,9 @@ def learn_growing(
         part = first_codes(base.book, n)
         part.absorb(*hard_statistics(x, index, n))
         revive(part, x, base.restart_below, base.restart_at)
-    q.wins.lerp_(all_reduce(code_counts(index, len(q.wins)).to(q.wins)), 0.1)
+    _, weight = learnable_rows(x)
+    wins = all_reduce(weight.new_zeros(len(q.wins)).index_add_(0, index, weight))
+    q.wins.lerp_(wins.to(q.wins.dtype), 0.1)
 
 # %% ../../nbs/2_quantizers/09_remedies.ipynb #86d76ebd
 @torch.no_grad()

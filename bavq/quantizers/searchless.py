@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from ..core.distributed import all_reduce, own_generator
 from ..core.errors import BavqError, choose, is_number, require, typed
-from .base import (Freezable, Quantized, Quantizer, check_finite, check_indices, from_rows,
-                                  full_precision, init_uniform, initialise, latent_rows, quantize,
-                                  register_quantizer, squared_distances, straight_through, write_parameter)
+from .base import (Freezable, Quantized, Quantizer, at_least_float32, check_finite,
+                                  check_indices, from_rows, full_precision, init_uniform, initialise,
+                                  latent_rows, like_latents, quantize, register_quantizer,
+                                  squared_distances, straight_through, write_parameter)
 from .composite import (all_codes, batch_usage, join_indices, part_sizes, precise_rows,
                                        prime_factors, split_indices)
 from .schedules import as_schedule
@@ -84,7 +85,7 @@ def quantize_by_drawing(
         x = latent_rows(q, z)
         if not q._ready and not q.frozen:
             initialise(q, x.detach())
-        e = q.codebook
+        e = at_least_float32(q.codebook, x)
         d = squared_distances(x, e)
         y = drawn_weights(-d / (q.temperature * mean_nearest_distance(x, d)))
         index = y.argmax(1)
@@ -92,7 +93,7 @@ def quantize_by_drawing(
         z_q = F.embedding(index, e) + (blend - blend.detach()) if q.hard else blend
         metrics = batch_usage(index, q.num_embeddings) | q.report()
         metrics["code_indices"] = from_rows(index, z.shape)
-        return Quantized(from_rows(z_q, z.shape), q.losses(x, blend), metrics)
+        return Quantized(like_latents(z_q, z), q.losses(x, blend), metrics)
 
 # %% ../../nbs/2_quantizers/08_searchless.ipynb #c7b736ac
 def drawn_weights(
@@ -197,16 +198,26 @@ def round_latents(
 ) -> Quantized:
     "One forward pass: bound, round, measure."
     with full_precision(z):
-        x = precise_rows(z, q.embedding_dim).to(q.levels.dtype)
+        x = at_least_float32(precise_rows(z, q.embedding_dim), q.levels)
         if x.device.type == "cpu":
             check_finite(x)
-        inside = bound(q.project_in(x), q.levels)
+        inside = bound(project(q.project_in, x), q.levels.to(x.dtype))
         rounded = straight_through(inside, inside.round()) / (q.levels // 2)
-        z_q = q.project_out(rounded)
+        z_q = project(q.project_out, rounded).to(q.levels.dtype)
         digits = (inside.detach().round() + q.levels // 2).long()
         metrics = level_metrics(q, list(digits.unbind(1)), z.shape)
         asked = q.training or z.requires_grad
-        return Quantized(from_rows(z_q if asked else z_q.detach(), z.shape), {}, metrics)
+        return Quantized(like_latents(z_q if asked else z_q.detach(), z), {}, metrics)
+
+# %% ../../nbs/2_quantizers/08_searchless.ipynb #15749265
+def project(
+    layer: nn.Module,  # linear, or the identity
+    x: Tensor,         # [N, d]
+) -> Tensor:           # in the precision of x, whatever that of the layer
+    "A projection that is not taken in half precision, where rounding would choose other levels."
+    if not isinstance(layer, nn.Linear):
+        return x
+    return F.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
 
 # %% ../../nbs/2_quantizers/08_searchless.ipynb #84e6a32b
 def level_metrics(
@@ -229,7 +240,8 @@ def grid_points(
     check_indices(indices, q.num_embeddings)
     digits = torch.stack(split_indices(indices.long().flatten(), q.sizes), 1)
     with full_precision(indices):
-        e = q.project_out(level_codes(digits, q.levels))
+        levels = at_least_float32(q.levels)
+        e = project(q.project_out, level_codes(digits, levels)).to(q.levels.dtype)
     if indices.dim() == 1:
         return e
     return from_rows(e, torch.Size((len(indices), q.embedding_dim, *indices.shape[1:])))

@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from ..core.errors import require
-from .base import (Quantized, Quantizer, from_rows, full_precision, init_uniform, latent_rows,
+from .base import (Quantized, Quantizer, at_least_float32, full_precision, init_uniform,
+    latent_rows, like_latents,
     quantize, register_quantizer, squared_distances, straight_through, usage_metrics)
 from .schedules import cosine
-from .codebook import PreciseBuffers, hard_statistics
+from .codebook import PreciseBuffers, check_decay, hard_statistics
 
 # %% auto #0
 __all__ = ['SpecifiedVQEMAQuantizer', 'SpecifiedBAQuantizer', 'iterate', 'soft_codes']
@@ -43,6 +44,7 @@ class SpecifiedVQEMAQuantizer(PreciseBuffers, Quantizer):
         gradient: str = "straight_through",  # straight_through or rotation
     ):
         super().__init__(num_embeddings, embedding_dim, commitment_cost, "uniform", distance, gradient)
+        check_decay(decay)
         self.decay = decay
         codes = init_uniform(torch.empty(1, embedding_dim), num_embeddings)
         self.register_buffer("embedding", self.prepare(codes))
@@ -121,8 +123,9 @@ def soft_codes(
 ) -> Tensor:        # blends Σ P(k|z) e_k, the shape of z
     "What the sketched decoder sees. Not a quantization: no index says it, and it depends on the batch."
     x = latent_rows(q, z)
-    P, _ = iterate(squared_distances(x, q.codebook), q.beta, q.iterations)
-    return from_rows(P @ q.codebook, z.shape)
+    e = at_least_float32(q.codebook, x)
+    P, _ = iterate(squared_distances(x, e), q.beta, q.iterations)
+    return like_latents(P @ e, z)
 
 # %% ../../nbs/2_quantizers/06_specified.ipynb #a1149f31
 def blend(
@@ -132,10 +135,11 @@ def blend(
     "The sketched training pass: blends, commitment to them, and the entropy bonus."
     with full_precision(z):
         x = latent_rows(q, z)
-        P, Q = iterate(squared_distances(x, q.codebook), q.beta, q.iterations)
-        soft = P @ q.codebook
+        e = at_least_float32(q.codebook, x)
+        P, Q = iterate(squared_distances(x, e), q.beta, q.iterations)
+        soft = P @ e
         commitment = q.commitment_cost * F.mse_loss(x, soft.detach())
         bonus = q.entropy_weight * (Q * Q.log()).sum()
         metrics = usage_metrics(P.argmax(1), q.num_embeddings, z.shape) | q.report()
-        z_q = from_rows(straight_through(x, soft), z.shape)
+        z_q = like_latents(straight_through(x, soft), z)
         return Quantized(z_q, dict(commitment_loss=commitment, entropy_loss=bonus), metrics)

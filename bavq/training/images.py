@@ -193,8 +193,14 @@ def write_arrays(path: Path, arrays: dict[str, Any]) -> None:
     "An .npz file that is there whole or not at all."
     atomic_write(path, lambda f: np.savez(f, **arrays))
 
+# %% ../../nbs/4_training/00_images.ipynb #31e2997c
+def gives_images(thing: Any) -> bool:
+    "Does a function say that it returns an `ImageData`?"
+    said = getattr(thing, "__annotations__", {}).get("return")
+    return inspect.isfunction(thing) and str(getattr(said, "__name__", said)).rpartition(".")[2] == "ImageData"
+
 # %% ../../nbs/4_training/00_images.ipynb #cc625bb4
-DATASETS = Registry("data set", "bavq.datasets")   # name: a function that returns an ImageData
+DATASETS = Registry("data set", "bavq.datasets", gives_images, "a function annotated to return ImageData")
 
 # %% ../../nbs/4_training/00_images.ipynb #980b9819
 PHOTOS = {   # name: package and file, licence, who is to be named, where it was published
