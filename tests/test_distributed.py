@@ -195,9 +195,10 @@ for make in (VQEMAQuantizer, BAQuantizer):
     torch.manual_seed(0)
     x, adapter = torch.randn(12, 2, 80, 8), as_vector_quantize(make(32, 8)).train()
     lengths = torch.tensor([[[70], [25]]]).repeat(12, 1, 1)   # the second sequence is much shorter
-    lengths[0, 1] = lengths[3, 0] = lengths[4, 1] = 0         # one process has nothing, at the start and later
+    lengths[0, 1] = lengths[3, 0] = lengths[4, 1] = 0   # one process has nothing, at the start and later
     mine = slice(None) if rank < 0 else slice(rank, rank + 1)
-    for batch, length in zip(x, lengths): adapter(batch[mine], mask=(torch.arange(80) < length)[mine])
+    for batch, length in zip(x, lengths):
+        adapter(batch[mine], mask=(torch.arange(80) < length)[mine])
     states[make.__name__] = adapter.state_dict()
 torch.manual_seed(0)
 quantizer = make_quantizer("vq_entropy", 16, 8).train()
@@ -239,7 +240,16 @@ def test_sequences_of_several_lengths_on_several_processes(tmp_path):
 def two(program, folder):
     "Run a program in two processes; what they print."
     (folder / "go.py").write_text(program)
-    run = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    run = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+    ]
     done = subprocess.run([*run, str(folder / "go.py")], env=ENV, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
 
