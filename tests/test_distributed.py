@@ -209,8 +209,8 @@ torch.save(states, f"{sys.argv[1]}/{rank}.pt")
 
 
 def test_sequences_of_several_lengths_on_several_processes(tmp_path):
-    """With a mask, each process has another number of latents, and some steps none: start, statistics and revival
-    are those of one process that has them all."""
+    """With a mask, each process has another number of latents, in some steps none: start, statistics and
+    revival are those of one process that has them all."""
     (tmp_path / "go.py").write_text(MASKED)
     launch = [
         sys.executable,
@@ -287,8 +287,8 @@ for name in ("vq_ema", "ba_vq", "vq_ema_spec", "gumbel", "vq_entropy", "residual
 
 
 def test_a_step_sends_little_and_never_waits(tmp_path):
-    """Revival sends a few rows, not as many as there are codes; and no step of several processes asks for a value
-    on the host."""
+    """Revival sends a few rows, not as many as there are codes; and no step of several processes asks for a
+    value on the host."""
     two(TRAFFIC, tmp_path)
 
 
@@ -347,7 +347,8 @@ class Net(torch.nn.Module):
 for name, options in dict(vq={}, vq_ema={}, ba_vq={}, gumbel={}, vq_entropy={}, product={}, vq_ema_growing={},
                           residual=dict(dropout=0.5)).items():
     torch.manual_seed(0)
-    net = DistributedDataParallel(Net(make_quantizer(name, 64, 8, **options)), broadcast_buffers=False).train()
+    net = Net(make_quantizer(name, 64, 8, **options)).train()
+    net = DistributedDataParallel(net, broadcast_buffers=False)
     optimizer = torch.optim.SGD(net.parameters(), 0.01)
     for n in ((90, 0), (31, 0), (0, 30), (7, 64)):   # rows of each process
         loss = net(torch.randn(n[rank], 8))
