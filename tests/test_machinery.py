@@ -143,7 +143,7 @@ def test_a_repeated_pass_whose_first_one_is_forgotten_is_refused():
     out = checkpoint(lambda v: q(v).z_q, x, use_reentrant=True)
     for _ in range(5):
         q(torch.randn(50, 8))
-    with pytest.raises(BavqError, match="is not known any more: call backward before"):
+    with pytest.raises(BavqError, match="is not known now: call backward before"):
         out.sum().backward()
 
 
