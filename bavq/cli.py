@@ -19,7 +19,7 @@ from tyro.conf import Positional, arg
 from .core.config import PriorConfig, RunConfig, check_config, run_name
 from .core.errors import BavqError, brief, choose, needs, nearest_first, require
 from .core.presets import PRESETS, check_data_name, check_known, check_names, read_config, study_configs
-
+from .core.start import let_threads_sleep, there_to_resume
 
 # %% auto #0
 __all__ = ['parse', 'main']
@@ -38,6 +38,8 @@ class Train:
     def check(self):
         "What can be seen without torch."
         check_names(check_config(self.run))
+        if self.resume:
+            there_to_resume(Path(self.out) / run_name(self.run))
 
     def __call__(self):
         from bavq.training.experiments import run
@@ -266,6 +268,8 @@ class PriorTrain:
     def check(self):
         "What can be seen without torch."
         must_exist(run=self.run)
+        if self.resume:
+            there_to_resume(Path(self.run) / "priors" / (self.prior.name or self.prior.kind))
 
     def __call__(self):
         from bavq.training.prior_training import train_prior
@@ -541,6 +545,12 @@ def _only_process(what):
         from bavq.training.experiments import only_process
         only_process(what)
 
+def _choose_threads(command):
+    "Before torch is loaded, say how threads wait; a command that takes long tells the user."
+    said = let_threads_sleep()
+    if said and getattr(command, "again", "") and os.environ.get("RANK", "0") == "0":
+        _say(said)
+
 # %% ../nbs/appendix/01_cli.ipynb #59af5f65
 def main(
     args: list[str] | None = None,  # what was typed after `bavq`; None: this process's own
@@ -551,6 +561,7 @@ def main(
     try:
         command = parse([a for a in args if a != "--debug"] or ["--help"])
         command.check()
+        _choose_threads(command)
         if not isinstance(command, Train):
             _only_process(_typed_name(type(command)))
         command()

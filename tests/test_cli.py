@@ -135,6 +135,38 @@ def test_a_run_from_start_to_summary(here, capsys):
         main([*train, "--debug"])
 
 
+def test_resuming_what_is_not_there_names_what_is(here, capsys):
+    "A mistyped name starts no second run, and leaves nothing behind; nor does a mistyped prior."
+    assert bavq(capsys, "train", "--name", "first", *TINY)[0] == 0
+    code, _, err = bavq(capsys, "train", "--name", "frist", *TINY, "--resume")
+    assert code == 2 and "no run frist to resume in experiments (there are first)" in err, err
+    code, _, err = bavq(capsys, "prior", "train", "experiments/first", *PRIOR, "--resume")
+    assert code == 2 and "no run maskgit to resume in experiments/first/priors (none is there)" in err, err
+    assert sorted(p.name for p in Path("experiments").iterdir()) == ["first"]
+    assert bavq(capsys, "train", "--name", "first", *TINY, "--resume")[0] == 0
+
+
+THREADS = """
+import sys
+from bavq.cli import main
+sys.argv = ["bavq", *sys.argv[1:]]
+assert "torch" not in sys.modules
+main()
+"""
+
+
+def test_threads_sleep_while_they_wait(here):
+    "OpenMP reads the policy when torch is loaded: it is set before, and said; the user's own choice stands."
+    free = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_", "KMP_"))}
+    args = [sys.executable, "-c", THREADS + "import os; print(os.environ.get('OMP_WAIT_POLICY'))"]
+    args += ["train", "--name", "run", *TINY]
+    for chosen, policy, said in (({}, "PASSIVE", True), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE", False)):
+        more = ["--out", policy]
+        done = subprocess.run([*args, *more], env=free | chosen, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert done.stdout.split()[-1] == policy and ("asleep while they wait" in done.stderr) == said
+
+
 PRIOR = "--kind maskgit --epochs 1 --channels 16 --layers 1 --batch_size 16".split()
 
 

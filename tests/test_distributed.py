@@ -3,6 +3,7 @@ started them."""
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -147,6 +148,25 @@ def test_several_processes_stop_together_and_go_on(tmp_path):
     assert all(torch.equal(whole[k], resumed[k]) for k in whole)
 
 
+def test_torchrun_as_the_readme_prints_it(tmp_path):
+    """On a machine without a GPU, and without being told so: accelerate sees both processes, and they train
+    one run."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (printed,) = re.findall(r"^(torchrun .*) bavq train --config \S+", readme, re.M)
+    launch = re.sub(r"(--nproc_per_node) \d+", r"\1 2", printed).split()
+    free = {k: v for k, v in ENV.items() if k != "ACCELERATE_USE_CPU"}
+    scripts = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    done = subprocess.run(
+        [*launch, "bavq", *TRAIN.split(), "--epochs", "1", "--name", "run", "--out", str(tmp_path)],
+        env=free | {"CUDA_VISIBLE_DEVICES": "", "PATH": scripts},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("saved in") == 1 and final_weights(tmp_path / "run")
+
+
 LOADED = """
 import sys, torch
 from bavq.quantizers.vq_ema import VQEMAQuantizer
@@ -195,9 +215,10 @@ for make in (VQEMAQuantizer, BAQuantizer):
     torch.manual_seed(0)
     x, adapter = torch.randn(12, 2, 80, 8), as_vector_quantize(make(32, 8)).train()
     lengths = torch.tensor([[[70], [25]]]).repeat(12, 1, 1)   # the second sequence is much shorter
-    lengths[0, 1] = lengths[3, 0] = lengths[4, 1] = 0         # one process has nothing, at the start and later
+    lengths[0, 1] = lengths[3, 0] = lengths[4, 1] = 0    # one process has nothing, at the start and later
     mine = slice(None) if rank < 0 else slice(rank, rank + 1)
-    for batch, length in zip(x, lengths): adapter(batch[mine], mask=(torch.arange(80) < length)[mine])
+    for batch, length in zip(x, lengths):
+        adapter(batch[mine], mask=(torch.arange(80) < length)[mine])
     states[make.__name__] = adapter.state_dict()
 torch.manual_seed(0)
 quantizer = make_quantizer("vq_entropy", 16, 8).train()
@@ -208,8 +229,8 @@ torch.save(states, f"{sys.argv[1]}/{rank}.pt")
 
 
 def test_sequences_of_several_lengths_on_several_processes(tmp_path):
-    """With a mask, each process has another number of latents, and some steps none: start, statistics and revival
-    are those of one process that has them all."""
+    """With a mask, each process has another number of latents, and some steps none: start, statistics and
+    revival are those of one process that has them all."""
     (tmp_path / "go.py").write_text(MASKED)
     launch = [
         sys.executable,
@@ -239,7 +260,16 @@ def test_sequences_of_several_lengths_on_several_processes(tmp_path):
 def two(program, folder):
     "Run a program in two processes; what they print."
     (folder / "go.py").write_text(program)
-    run = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    run = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+    ]
     done = subprocess.run([*run, str(folder / "go.py")], env=ENV, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
 
@@ -277,8 +307,8 @@ for name in ("vq_ema", "ba_vq", "vq_ema_spec", "gumbel", "vq_entropy", "residual
 
 
 def test_a_step_sends_little_and_never_waits(tmp_path):
-    """Revival sends a few rows, not as many as there are codes; and no step of several processes asks for a value
-    on the host."""
+    """Revival sends a few rows, not as many as there are codes; and no step of several processes asks for a
+    value on the host."""
     two(TRAFFIC, tmp_path)
 
 
@@ -337,7 +367,8 @@ class Net(torch.nn.Module):
 for name, options in dict(vq={}, vq_ema={}, ba_vq={}, gumbel={}, vq_entropy={}, product={}, vq_ema_growing={},
                           residual=dict(dropout=0.5)).items():
     torch.manual_seed(0)
-    net = DistributedDataParallel(Net(make_quantizer(name, 64, 8, **options)), broadcast_buffers=False).train()
+    net = Net(make_quantizer(name, 64, 8, **options))
+    net = DistributedDataParallel(net, broadcast_buffers=False).train()
     optimizer = torch.optim.SGD(net.parameters(), 0.01)
     for n in ((90, 0), (31, 0), (0, 30), (7, 64)):   # rows of each process
         loss = net(torch.randn(n[rank], 8))

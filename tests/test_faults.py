@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import threading
 import time
 from dataclasses import replace
@@ -15,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from PIL import Image
 from torch.utils.data import get_worker_info
 
@@ -149,6 +151,9 @@ def test_a_signal_saves_and_ends_and_the_run_goes_on_to_the_bit(number, code, ca
 def test_a_stopped_command_says_how_to_go_on(monkeypatch, capsys):
     "Only what can go on is said to."
     said = {}
+    for folder in ("run", "a"):  # paths are checked before anything starts
+        Path(folder).mkdir()
+    Path("run/config.json").write_text("{}")
 
     def interrupted(self):
         raise KeyboardInterrupt
@@ -163,7 +168,7 @@ def test_a_stopped_command_says_how_to_go_on(monkeypatch, capsys):
         "with --resume goes on"
     )
     assert (
-        said["compress run a b"].endswith("start again")
+        said["compress run a b"].endswith("the same command goes on")
         and said["evaluate run"] == said["prior sample run"] == "bavq: stopped"
     )
 
@@ -273,7 +278,9 @@ def test_a_folder_that_cannot_be_written(monkeypatch, here):
         raise PermissionError(13, "Permission denied")
 
     inner = os.open
-    monkeypatch.setattr(os, "open", lambda path, flags, *a: (refuse if flags & os.O_EXCL else inner)(path, flags, *a))
+    monkeypatch.setattr(
+        os, "open", lambda path, flags, *a: (refuse if flags & os.O_EXCL else inner)(path, flags, *a)
+    )
     with pytest.raises(DiskError, match="Permission denied"):
         run(TINY, here, progress=False)
     assert not list(Path("run").glob("c*"))
@@ -437,3 +444,70 @@ def test_nothing_is_asked_of_the_device_at_every_step():
     for _ in range(3):
         meter.update(dict(loss=one), norm=one)
     assert meter.steps == 3 and meter.good.device.type == "meta"
+
+
+# What belongs to the whole process
+
+
+def test_new_files_get_the_rights_that_any_file_gets(monkeypatch, tmp_path):
+    "The process's umask holds, and is never touched: another thread may be writing a file."
+    before = os.umask(0o027)
+
+    def touched(mask):
+        raise AssertionError("the umask was set")
+
+    try:
+        monkeypatch.setattr(os, "umask", touched)
+        assert write_json(tmp_path / "a.json", 1).stat().st_mode & 0o777 == 0o640
+    finally:
+        monkeypatch.undo()
+        os.umask(before)
+
+
+def test_overlapping_downloads_put_the_time_limit_back():
+    "The second begins within the first and ends after it: the process's limit is what it was."
+    within, first_is_over = threading.Event(), threading.Event()
+
+    def first():
+        with bavq.core.storage.patient_for(10):
+            within.set()
+            first_is_over.wait(1)  # the other has tried to begin by now
+
+    def second():
+        within.wait(5)
+        with bavq.core.storage.patient_for(20):
+            first_is_over.set()
+
+    threads = [threading.Thread(target=f) for f in (first, second)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert socket.getdefaulttimeout() is None
+
+
+def test_accelerate_is_left_as_it_was():
+    "Of another precision and number of steps, and used before, while and after a run trains."
+    yours = Accelerator(cpu=True, mixed_precision="bf16", gradient_accumulation_steps=4)
+    before = dict(vars(yours.state)), dict(vars(yours.gradient_state))
+    train()
+    train_prior()
+    assert (dict(vars(yours.state)), dict(vars(yours.gradient_state))) == before
+    assert Accelerator(cpu=True, mixed_precision="bf16").mixed_precision == "bf16"
+
+
+def test_final_weights_of_both_forms_are_one():
+    """Equal to the bit, in the order of the model; a final write that is cut short leaves none of an older
+    model."""
+    train()
+    safe, pickled = (Path("run") / name for name in bavq.core.storage.FINAL_WEIGHTS)
+    a, b = read_weights(safe), read_weights(pickled)
+    assert list(a) == list(b) and same(a, b)
+    assert final_weights("run") == safe and bavq.core.storage.config_in_weights(safe)["codebook_size"] == 8
+    data = bytearray(safe.read_bytes())
+    data[-1] ^= 1
+    safe.write_bytes(data)
+    with pytest.raises(BavqError, match="final_model.safetensors cannot be read"):
+        bavq.training.checkpoints.load_model("run")
+    safe.unlink()
+    assert bavq.training.checkpoints.load_model("run")[1] == TINY

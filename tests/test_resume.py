@@ -1,11 +1,14 @@
 "A training process that is killed and started again ends where an undisturbed one does, to the bit."
 
+import importlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -14,7 +17,10 @@ import torch
 from bavq.core.config import RunConfig
 from bavq.core.errors import BavqError
 from bavq.core.storage import read_weights
+from bavq.training import experiments
+from bavq.training.checkpoints import Training
 from bavq.training.experiments import run
+from bavq.training.loop import prepare
 
 ROOT = Path(__file__).resolve().parent.parent
 PATHS = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
@@ -108,9 +114,7 @@ def test_killed_and_resumed_is_undisturbed(tmp_path):
     assert lines(whole) == lines(killed) and len(lines(whole)) == 6
     assert (whole / "final_metrics.json").read_text() == (killed / "final_metrics.json").read_text()
     for name in ("final_model.safetensors", "final_model.pt", "checkpoint_epoch4.pt", "checkpoint_epoch6.pt"):
-        assert (
-            difference(*(read_weights(folder / name) for folder in (whole, killed))) is None
-        )
+        assert difference(*(read_weights(folder / name) for folder in (whole, killed))) is None
 
 
 def test_two_processes_train_as_one(tmp_path):
@@ -134,3 +138,114 @@ def test_two_processes_train_as_one(tmp_path):
     for key in ("train_recon_loss", "recon_loss", "psnr"):
         assert two[0][key] == pytest.approx(one[0][key], rel=0.02)
     assert two[0]["bits_fixed"] == one[0]["bits_fixed"]
+
+
+def prepared(**changes):
+    return prepare(RunConfig(**TINY | changes))
+
+
+def test_a_changed_encoder_takes_no_old_warm_up(tmp_path, monkeypatch):
+    "The name of a kept warm-up follows the source of this package: one other character makes another file."
+    copy = shutil.copytree(ROOT / "bavq", tmp_path / "bavq", ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(experiments, "files", lambda name: copy)
+    t = prepared(warmup_steps=20)  # an epoch
+
+    def name():
+        experiments.source_hash.cache_clear()
+        return experiments.warmup_file(t, tmp_path)
+
+    before, networks = name(), copy / "models" / "networks.py"
+    assert before and before == name()
+    text = networks.read_text(encoding="utf-8")
+    networks.write_text(text.replace("class Encoder", "class  Encoder"), encoding="utf-8")
+    changed = name()
+    networks.write_text(text, encoding="utf-8")
+    assert changed != before == name()
+    monkeypatch.undo()
+    experiments.source_hash.cache_clear()
+
+
+PLUGIN = """
+from torch import nn
+from bavq.models.networks import Encoder
+
+class Mine(Encoder):
+    def forward(self, x):
+        return super().forward(x) * {factor}
+
+
+"""
+
+
+def test_a_changed_network_of_ones_own_takes_no_old_warm_up(tmp_path, monkeypatch):
+    """A class of another module counts with its file, also where the model only holds it; one whose source is
+    nowhere keeps no warm-up. A run that follows the change trains its own."""
+    monkeypatch.syspath_prepend(tmp_path)
+    names = []
+    for factor in (1, 2):
+        (tmp_path / "my_nets.py").write_text(PLUGIN.format(factor=factor))
+        sys.modules.pop("my_nets", None)
+        importlib.invalidate_caches()
+        t = prepared(warmup_steps=20)
+        t.model.encoder.__class__ = importlib.import_module("my_nets").Mine
+        names.append(experiments.warmup_file(t, tmp_path))
+    assert names[0] and names[1] and names[0] != names[1]
+    t.model.encoder.__class__ = type("Typed", (type(t.model.encoder),), {"__module__": "nowhere"})
+    assert experiments.warmup_file(t, tmp_path) is None
+
+
+def stop_after(epochs):
+    "Ask the run to stop when so many epochs are written."
+
+    def look():
+        if len(lines(Path("runs/run"))) == epochs:
+            signal.raise_signal(signal.SIGINT)
+
+    return look
+
+
+def test_a_run_names_all_that_trained_it(tmp_path, monkeypatch):
+    """Begun by one commit, gone on with by another: environment.json, the record and the table name both. An
+    attempt that is refused leaves environment.json as it was, and one that reached no checkpoint is not
+    named."""
+    monkeypatch.chdir(tmp_path)
+    config, inner = RunConfig(name="run", **TINY | dict(warmup_steps=0)), experiments.keep_warmup
+    path = Path("runs/run/environment.json")
+
+    def attempt(commit, epochs):
+        monkeypatch.setattr(experiments, "ask_git", lambda *words: commit if words[0] == "rev-parse" else "")
+        monkeypatch.setattr(experiments, "keep_warmup", lambda t, out: (inner(t, out), stop_after(epochs)()))
+        run(config, "runs", resume=True, progress=False, record="study")
+
+    def segments():
+        return [(s["commit"], s["epoch"], s["step"]) for s in json.loads(path.read_text())["segments"]]
+
+    with pytest.raises(KeyboardInterrupt):
+        attempt("a", 2)
+    assert segments() == [("a", 0, 0)]
+    with pytest.raises(KeyboardInterrupt):
+        attempt("b", 4)
+    assert segments()[0] == ("a", 0, 0) and segments()[1][:2] == ("b", 2)
+    before = path.read_bytes()
+    with monkeypatch.context() as m:
+        m.setattr(Training, "data_fingerprint", "5678")
+        with pytest.raises(BavqError, match="the data of .* have changed"):
+            attempt("c", 9)
+    assert path.read_bytes() == before
+    attempt("d", 9)
+    assert [s[0] for s in segments()] == ["a", "b", "d"]
+    (record,) = experiments.read_records("study")
+    assert [s["commit"] for s in record["segments"]] == ["a", "b", "d"]
+    assert experiments.load_results("study")["commit"].tolist() == ["a + b + d"]
+
+
+def test_a_prior_names_all_that_trained_it(tmp_path, monkeypatch):
+    "As a run does; and a part of an uncommitted commit keeps a run out of the records."
+    made_by = dict(commit="a-dirty", source="1")
+    t = prepared()
+    experiments.write_environment(made_by, t, tmp_path)
+    t.epoch = 3
+    experiments.write_environment(made_by | dict(commit="b"), t, tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(asdict(t.config)))
+    with pytest.raises(BavqError, match="trained by uncommitted code"):
+        experiments.make_record(tmp_path)

@@ -8,9 +8,8 @@ import itertools
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Iterable, Sequence
-import pandas as pd
 from ..core.config import RunConfig
-from ..core.errors import require
+from ..core.errors import needs, require
 from ..core.storage import atomic_write
 from ..evaluation.summaries import groups, summarise
 from ..theory.statistics import holm
@@ -19,6 +18,12 @@ from ..training.experiments import ANSWER
 # %% auto #0
 __all__ = ['STUDY_DATA', 'ARMS', 'RIVALS', 'cases', 'verdict', 'answer_figure', 'answer_configs', 'against_each',
            'compare_figure']
+
+# %% ../../nbs/7_comparison/01_compare.ipynb #f82717ca
+needs("pandas", extra="eval")
+
+# %% ../../nbs/7_comparison/01_compare.ipynb #cd4ce48e
+import pandas as pd
 
 # %% ../../nbs/7_comparison/01_compare.ipynb #b2bd06a4
 if TYPE_CHECKING:
@@ -151,7 +156,7 @@ ARMS = {   # short name: quantizer, options
     "ba_vq_free": ("ba_vq", _STRONG | {"marginal": "free"}),
     "ba_vq_spec": ("ba_vq_spec", {}),
 }
-_CONTROL = "vq_ema_unrevived"   # of `09_control`, not of this study
+_ANSWERING = tuple(a for a in ARMS if a != "vq_ema_unrevived")   # which is that of `09_control`
 
 # %% ../../nbs/7_comparison/01_compare.ipynb #7585374a
 def arm(
@@ -166,7 +171,7 @@ def arm(
 
 # %% ../../nbs/7_comparison/01_compare.ipynb #39d869d2
 def answer_configs(
-    arms: Sequence[str] = tuple(a for a in ARMS if a != _CONTROL),  # short names
+    arms: Sequence[str] = _ANSWERING,                             # short names
     data: Sequence[str] = STUDY_DATA,                          # data sets
     codebook_sizes: Sequence[int] = (256, 512, 1024, 4096),    # K
     embedding_dims: Sequence[int] = (16, 64, 256),             # D

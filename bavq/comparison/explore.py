@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from ..core.errors import choose, require
+from ..core.errors import choose, needs, require
 from ..core.plots import cell_borders, method_label, method_style, plot_rd
 from ..core.storage import read_json
 from ..core.views import Sheet, View, choice_buttons, explorer, slider, widgets
@@ -290,6 +290,7 @@ def recorded_sizes(
     folder: str = "../../results/answer",  # of the study
 ) -> Any:
     "Data × method × K at D = 64: n, and mean and half-width of perplexity and PSNR; a DataFrame."
+    needs("pandas", extra="eval")
     import pandas as pd
     from bavq.comparison.compare import name_arms
     from bavq.training.experiments import load_results
@@ -322,6 +323,7 @@ def image_from_text(
     text: str,  # a recorded PNG, base64
 ) -> np.ndarray:
     "The image, [H, W, 3] uint8."
+    needs("PIL", extra="train")
     from PIL import Image
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(text))).convert("RGB"))
 

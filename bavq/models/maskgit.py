@@ -194,8 +194,12 @@ def prior_weights(
     return state["model_state_dict"]
 
 # %% ../../nbs/3_models/05_maskgit.ipynb #589d991f
+HASHED_AS = dict(initialised=torch.bool, active_codes=torch.int64)   # as older files hold these numbers
+
 def model_hash(
     model: nn.Module,  # anything with weights
 ) -> str:
     "SHA-256 of all weights and buffers, in hexadecimal."
-    return state_hash(model.state_dict())
+    state = model.state_dict()
+    kinds = {name: HASHED_AS.get(name.rsplit(".", 1)[-1], v.dtype) for name, v in state.items()}
+    return state_hash({name: v.to(kinds[name]) for name, v in state.items()})

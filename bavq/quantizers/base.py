@@ -452,6 +452,7 @@ class LearningHooks(Freezable):
         raise NotImplementedError(f"{type(self).__name__} needs a property `codebook`")
 
     def write_codes(self, codes: Tensor) -> None:
+        "Put all codes somewhere [K, D]."
         raise NotImplementedError(f"{type(self).__name__} needs `write_codes(codes)`")
 
     def losses(self, x: Tensor, e: Tensor) -> dict[str, Tensor]:
@@ -669,7 +670,9 @@ class FirstPass:
         index: Tensor,  # their codes' indices [N]
         e: Tensor,      # their codes [N, D]
     ):
-        self.x, self.index, self.e = x.detach(), index, e.detach()
+        self.x = x.detach()
+        self.index = index
+        self.e = e.detach()
 
 class FirstPasses:
     "Those of one quantizer that may be repeated."
@@ -692,7 +695,8 @@ def remember(
     if x.grad_fn is None:
         passes.without.append(kept)
     else:
-        x.grad_fn.metadata[kept] = kept
+        metadata: Any = x.grad_fn.metadata
+        metadata[kept] = kept
         passes.with_graph.add(kept)
 
 # %% ../../nbs/2_quantizers/01_base.ipynb #20864b38
@@ -704,10 +708,10 @@ def first_pass(
     "What the pass that this one repeats has chosen. Waits for the device."
     passes = FIRST_PASSES.get(q, FirstPasses())
     alike = [p for p in (*passes.with_graph, *passes.without) if p.x.shape == x.shape]
-    apart = [float((p.x - x).square().sum()) for p in alike]
-    near = 1e-4 * float(x.square().sum()) + 1e-30
+    apart = [float((p.x - x).nan_to_num(0, 0, 0).square().sum()) for p in alike]
+    near = 1e-4 * float(x.nan_to_num(0, 0, 0).square().sum()) + 1e-30
     found = bool(apart) and min(apart) <= near
-    require(found, "a checkpointed forward pass is repeated, but what it chose at first is not known any more: "
+    require(found, "a checkpointed forward pass is repeated, but what it chose at first is not known now: "
             "call backward before further passes, or use_reentrant=False")
     return alike[apart.index(min(apart))]
 

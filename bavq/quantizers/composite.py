@@ -105,10 +105,10 @@ def part_sizes(
 # %% ../../nbs/2_quantizers/07_composite.ipynb #f42a6640
 def run_counts(
     index: Tensor,  # [N] integers
-) -> Tensor:       # [N]: how often each index that occurs does, then zeros
+) -> Tensor:       # [N]: how often each index that occurs does, then zeros; [1] for none
     "Counts of the indices there are, whatever K, in memory of order N."
     if not index.numel():
-        return torch.zeros_like(index)
+        return index.new_zeros(1)
     s = index.sort().values
     run = F.pad((s[1:] != s[:-1]).long().cumsum(0), (1, 0))
     return torch.zeros_like(s).scatter_add_(0, run, torch.ones_like(s))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from ..quantizers.ba_vq import exponent, next_potentials, posterior
 from ..quantizers.base import squared_distances
+from ..core.errors import needs
 from ..theory.rate_distortion import critical_beta, rd_curve
 
 # %% auto #0
@@ -112,6 +113,7 @@ def groups_of(
     tol: float,  # codes that are closer than this are at one place
 ) -> Tensor:
     "The places of the codes [G, 2], each counted once; codes without a share are left out."
+    needs("scipy", extra="eval")
     from scipy.sparse.csgraph import connected_components
     Q = s.P.mean(0)
     e, Q = s.codes[Q > 1e-3], Q[Q > 1e-3]

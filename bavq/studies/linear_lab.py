@@ -10,10 +10,8 @@ from functools import partial
 from typing import Any
 import numpy as np
 import torch
-from scipy.optimize import brentq
-from scipy.stats import entropy
 from sklearn.cluster import KMeans, kmeans_plusplus
-from ..core.errors import choose, require
+from ..core.errors import choose, needs, require
 from ..theory.sources import gaussian_source
 from ..theory.rate_distortion import gaussian_rd
 from ..quantizers.ba_vq import BAQuantizer
@@ -22,6 +20,13 @@ from ..quantizers.vq_ema import VQEMAQuantizer
 
 # %% auto #0
 __all__ = ['LowRankSource', 'distortion_bound', 'LinearVQ', 'manual_gradients', 'fit_linear']
+
+# %% ../../nbs/6_studies/01_linear_lab.ipynb #16f63679
+needs("scipy", extra="eval")
+
+# %% ../../nbs/6_studies/01_linear_lab.ipynb #f8e301bf
+from scipy.optimize import brentq
+from scipy.stats import entropy
 
 # %% ../../nbs/6_studies/01_linear_lab.ipynb #253d855d
 @dataclass(frozen=True)

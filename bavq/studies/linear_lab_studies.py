@@ -14,9 +14,8 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 import numpy as np
-import pandas as pd
 import torch
-from ..core.errors import require
+from ..core.errors import needs, require
 from ..core.storage import atomic_write, write_json
 from ..theory.statistics import mean_interval, paired_difference
 from ..training.experiments import environment
@@ -27,6 +26,12 @@ from .linear_lab import distortion_bound, fit_linear, linear_scores
 
 # %% auto #0
 __all__ = ['load_study', 'lab_studies', 'lab_quick']
+
+# %% ../../nbs/6_studies/07_linear_lab_studies.ipynb #0aeb8f92
+needs("pandas", extra="eval")
+
+# %% ../../nbs/6_studies/07_linear_lab_studies.ipynb #41eeb1d2
+import pandas as pd
 
 # %% ../../nbs/6_studies/07_linear_lab_studies.ipynb #d1fc9680
 SPECTRA = ((1.0, 1.0, 1.0, 1.0), (1.0, 0.8, 0.6, 0.4), (2.0, 1.0, 0.5, 0.25))  # of the signal
@@ -95,6 +100,7 @@ def run_seed(seed: int, jobs: list[dict[str, Any]], source: LowRankSource) -> li
 # %% ../../nbs/6_studies/07_linear_lab_studies.ipynb #7cfd1ed6
 def _one_thread() -> None:
     "NumPy's threads wait by spinning, so more threads than cores take several times as long."
+    needs("threadpoolctl", extra="eval")
     from threadpoolctl import threadpool_limits
     torch.set_num_threads(1)
     threadpool_limits(1)

@@ -9,7 +9,7 @@ import math
 import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING
-from ..core.errors import require
+from ..core.errors import needs, require
 
 # %% auto #0
 __all__ = ['load_bench', 'seconds_table']
@@ -59,6 +59,7 @@ def exponent_of(
     arm: str,                  # of `TIMED`
 ) -> float:
     "The slope p of a line through log time against log size: time grows as size to the power p."
+    needs("scipy", extra="eval")
     from scipy.stats import linregress
     measured = {size: taken[arm] for size, taken in seconds.items() if arm in taken}
     log_size = [math.log(float(size)) for size in measured]

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from ..core.config import (
     RunConfig, check_config, config_from_dict, config_from_record, config_id, run_name)
 from ..core.distributed import get_rng_state, set_rng_state
-from ..core.errors import BavqError, DiskError, require
+from ..core.errors import BavqError, DiskError, needs, require
 from ..core.storage import (
     atomic_write, check_folder, only_writer, read_history, read_json, read_weights, write_json, write_weights)
 from ..models.networks import NETWORKS
@@ -634,6 +634,7 @@ def load_results(
     folder: str | Path,  # of runs, or a study: results/name or results/name.jsonl
 ) -> pd.DataFrame:
     "A row for each finished run, of a study's records or of folders of runs; a `BavqError` if there is none."
+    needs("pandas", extra="eval")
     import pandas as pd
     rows = [row for path in files_of_results(Path(folder)) for row in rows_of_file(path)]
     require(bool(rows), f"there is no finished run under {folder}: train one, or check the path")

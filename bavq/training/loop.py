@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from ..core.config import RunConfig, check_config, run_name
 from ..core.distributed import parallel
-from ..core.errors import BavqError, require
+from ..core.errors import BavqError, needs, require
 from ..core.storage import (Interrupted, check_folder, read_json, stop_signals, write_final_weights,
     write_history, write_json)
 from .data import get_dataloaders
@@ -180,6 +180,7 @@ def own_state(
     accelerator: Any = None,  # whose state; None: a new one
 ) -> Iterator[None]:
     "Within the block, accelerate's state is that of one run, and not the process's."
+    needs("accelerate", extra="train")
     from accelerate.state import AcceleratorState, GradientState
     kinds = (AcceleratorState, GradientState)
     before = [vars(kind)["_shared_state"] for kind in kinds]
@@ -199,6 +200,7 @@ def make_accelerator(
     config: RunConfig,  # its precision, and whether it logs
 ) -> Any:               # an `accelerate.Accelerator`
     "Device, precision and processes of a run, or a `BavqError` that says what this machine cannot do."
+    needs("accelerate", extra="train")
     from accelerate import Accelerator, DistributedDataParallelKwargs
     log = "wandb" if config.wandb else None
     require(not log or importlib.util.find_spec("wandb") is not None,
@@ -349,6 +351,7 @@ def one_epoch(
     progress: bool | str,  # True: a bar and a line; "bars": a bar
 ) -> dict[str, Any]:       # the entry of the history
     "Train what is left of the epoch, validate, and add to the history."
+    needs("tqdm", extra="train")
     from tqdm.auto import tqdm
     shown = progress and t.accelerator.is_main_process
     title = f"Epoch {t.epoch + 1}/{t.config.epochs}"

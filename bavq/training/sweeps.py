@@ -29,7 +29,7 @@ __all__ = ['ThisProcess', 'Processes', 'Ray', 'Sweep', 'sweep']
 
 # %% ../../nbs/4_training/05_sweeps.ipynb #c0de5a01
 from ..core.config import RunConfig, check_config, run_name
-from ..core.errors import BavqError, choose, require
+from ..core.errors import BavqError, choose, needs, require
 from ..core.storage import Interrupted, atomic_write, check_folder, only_writer, read_history, read_json
 from .images import cache_dir
 from .experiments import (
@@ -507,6 +507,7 @@ def sweep(
     engine: str | Executor = "local",   # local; ray; or Ray(…), with what a run takes of its cluster
 ) -> Sweep:
     "Train what is not yet complete; one failure does not stop the rest. A `BavqError` says what cannot be."
+    needs("tqdm", extra="train")
     from tqdm.auto import tqdm
     only_process("a sweep")
     executor = choose_executor(engine, jobs)
