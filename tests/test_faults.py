@@ -151,6 +151,9 @@ def test_a_signal_saves_and_ends_and_the_run_goes_on_to_the_bit(number, code, ca
 def test_a_stopped_command_says_how_to_go_on(monkeypatch, capsys):
     "Only what can go on is said to."
     said = {}
+    for folder in ("run", "a"):  # paths are checked before anything starts
+        Path(folder).mkdir()
+    Path("run/config.json").write_text("{}")
 
     def interrupted(self):
         raise KeyboardInterrupt
@@ -165,7 +168,7 @@ def test_a_stopped_command_says_how_to_go_on(monkeypatch, capsys):
         "with --resume goes on"
     )
     assert (
-        said["compress run a b"].endswith("start again")
+        said["compress run a b"].endswith("the same command goes on")
         and said["evaluate run"] == said["prior sample run"] == "bavq: stopped"
     )
 
@@ -275,7 +278,9 @@ def test_a_folder_that_cannot_be_written(monkeypatch, here):
         raise PermissionError(13, "Permission denied")
 
     inner = os.open
-    monkeypatch.setattr(os, "open", lambda path, flags, *a: (refuse if flags & os.O_EXCL else inner)(path, flags, *a))
+    monkeypatch.setattr(
+        os, "open", lambda path, flags, *a: (refuse if flags & os.O_EXCL else inner)(path, flags, *a)
+    )
     with pytest.raises(DiskError, match="Permission denied"):
         run(TINY, here, progress=False)
     assert not list(Path("run").glob("c*"))
@@ -492,7 +497,8 @@ def test_accelerate_is_left_as_it_was():
 
 
 def test_final_weights_of_both_forms_are_one():
-    "Equal to the bit, in the order of the model; a final write that is cut short leaves none of an older model."
+    """Equal to the bit, in the order of the model; a final write that is cut short leaves none of an older
+    model."""
     train()
     safe, pickled = (Path("run") / name for name in bavq.core.storage.FINAL_WEIGHTS)
     a, b = read_weights(safe), read_weights(pickled)

@@ -114,9 +114,7 @@ def test_killed_and_resumed_is_undisturbed(tmp_path):
     assert lines(whole) == lines(killed) and len(lines(whole)) == 6
     assert (whole / "final_metrics.json").read_text() == (killed / "final_metrics.json").read_text()
     for name in ("final_model.safetensors", "final_model.pt", "checkpoint_epoch4.pt", "checkpoint_epoch6.pt"):
-        assert (
-            difference(*(read_weights(folder / name) for folder in (whole, killed))) is None
-        )
+        assert difference(*(read_weights(folder / name) for folder in (whole, killed))) is None
 
 
 def test_two_processes_train_as_one(tmp_path):
@@ -208,15 +206,14 @@ def stop_after(epochs):
 
 def test_a_run_names_all_that_trained_it(tmp_path, monkeypatch):
     """Begun by one commit, gone on with by another: environment.json, the record and the table name both. An
-    attempt that is refused leaves environment.json as it was, and one that reached no checkpoint is not named."""
+    attempt that is refused leaves environment.json as it was, and one that reached no checkpoint is not
+    named."""
     monkeypatch.chdir(tmp_path)
     config, inner = RunConfig(name="run", **TINY | dict(warmup_steps=0)), experiments.keep_warmup
     path = Path("runs/run/environment.json")
 
     def attempt(commit, epochs):
-        monkeypatch.setattr(
-            experiments, "ask_git", lambda *words: commit if words[0] == "rev-parse" else ""
-        )
+        monkeypatch.setattr(experiments, "ask_git", lambda *words: commit if words[0] == "rev-parse" else "")
         monkeypatch.setattr(experiments, "keep_warmup", lambda t, out: (inner(t, out), stop_after(epochs)()))
         run(config, "runs", resume=True, progress=False, record="study")
 
