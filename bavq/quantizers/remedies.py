@@ -243,7 +243,7 @@ def repeated(
     return rows.repeat(-(-K // len(rows)), 1)[:K]
 
 # %% ../../nbs/2_quantizers/09_remedies.ipynb #64b54c38
-def active_size(q: "SizedByBuffer") -> int:
+def active_size(q: SizedByBuffer) -> int:
     "How many codes there are. On an accelerator, what the buffer said at the latest train or eval."
     active = q._buffers.get("active_codes")
     if active is not None and active.device.type == "cpu":
