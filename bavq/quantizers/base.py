@@ -451,6 +451,7 @@ class LearningHooks(Freezable):
         raise NotImplementedError(f"{type(self).__name__} needs a property `codebook`")
 
     def write_codes(self, codes: Tensor) -> None:
+        "Put all codes somewhere [K, D]."
         raise NotImplementedError(f"{type(self).__name__} needs `write_codes(codes)`")
 
     def losses(self, x: Tensor, e: Tensor) -> dict[str, Tensor]:
@@ -668,7 +669,9 @@ class FirstPass:
         index: Tensor,  # their codes' indices [N]
         e: Tensor,      # their codes [N, D]
     ):
-        self.x, self.index, self.e = x.detach(), index, e.detach()
+        self.x = x.detach()
+        self.index = index
+        self.e = e.detach()
 
 class FirstPasses:
     "Those of one quantizer that may be repeated."

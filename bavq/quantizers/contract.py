@@ -63,6 +63,7 @@ def _rule_gradient_in_eval(q, z):
     require(passes, "in evaluation no gradient reaches z through z_q: an encoder before a frozen one would "
             "learn nothing from the decoder; estimate wherever z.requires_grad")
 
+
 # %% ../../nbs/2_quantizers/11_contract.ipynb #5bca56e8
 def _rule_round_trip(q, z):
     "in evaluation z_q is decode(encode(z)) to the bit"
