@@ -215,7 +215,7 @@ for make in (VQEMAQuantizer, BAQuantizer):
     torch.manual_seed(0)
     x, adapter = torch.randn(12, 2, 80, 8), as_vector_quantize(make(32, 8)).train()
     lengths = torch.tensor([[[70], [25]]]).repeat(12, 1, 1)   # the second sequence is much shorter
-    lengths[0, 1] = lengths[3, 0] = lengths[4, 1] = 0         # one process has nothing, at the start and later
+    lengths[0, 1] = lengths[3, 0] = lengths[4, 1] = 0    # one process has nothing, at the start and later
     mine = slice(None) if rank < 0 else slice(rank, rank + 1)
     for batch, length in zip(x, lengths): adapter(batch[mine], mask=(torch.arange(80) < length)[mine])
     states[make.__name__] = adapter.state_dict()
@@ -228,8 +228,8 @@ torch.save(states, f"{sys.argv[1]}/{rank}.pt")
 
 
 def test_sequences_of_several_lengths_on_several_processes(tmp_path):
-    """With a mask, each process has another number of latents, and some steps none: start, statistics and revival
-    are those of one process that has them all."""
+    """With a mask, each process has another number of latents, and some steps none: start, statistics and
+    revival are those of one process that has them all."""
     (tmp_path / "go.py").write_text(MASKED)
     launch = [
         sys.executable,
@@ -259,7 +259,16 @@ def test_sequences_of_several_lengths_on_several_processes(tmp_path):
 def two(program, folder):
     "Run a program in two processes; what they print."
     (folder / "go.py").write_text(program)
-    run = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    run = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+    ]
     done = subprocess.run([*run, str(folder / "go.py")], env=ENV, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
 
@@ -297,8 +306,8 @@ for name in ("vq_ema", "ba_vq", "vq_ema_spec", "gumbel", "vq_entropy", "residual
 
 
 def test_a_step_sends_little_and_never_waits(tmp_path):
-    """Revival sends a few rows, not as many as there are codes; and no step of several processes asks for a value
-    on the host."""
+    """Revival sends a few rows, not as many as there are codes; and no step of several processes asks for a
+    value on the host."""
     two(TRAFFIC, tmp_path)
 
 
@@ -357,7 +366,8 @@ class Net(torch.nn.Module):
 for name, options in dict(vq={}, vq_ema={}, ba_vq={}, gumbel={}, vq_entropy={}, product={}, vq_ema_growing={},
                           residual=dict(dropout=0.5)).items():
     torch.manual_seed(0)
-    net = DistributedDataParallel(Net(make_quantizer(name, 64, 8, **options)), broadcast_buffers=False).train()
+    net = Net(make_quantizer(name, 64, 8, **options))
+    net = DistributedDataParallel(net, broadcast_buffers=False).train()
     optimizer = torch.optim.SGD(net.parameters(), 0.01)
     for n in ((90, 0), (31, 0), (0, 30), (7, 64)):   # rows of each process
         loss = net(torch.randn(n[rank], 8))

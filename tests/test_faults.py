@@ -276,7 +276,6 @@ def test_a_folder_that_cannot_be_written(monkeypatch, here):
 
     inner = os.open
 
-
     def open_old(path, flags, *more):
         return refuse() if flags & os.O_EXCL else inner(path, flags, *more)
 

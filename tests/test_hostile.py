@@ -208,8 +208,19 @@ def test_names_in_a_configuration_are_looked_up_and_never_evaluated(text):
 
 @pytest.mark.parametrize(
     "path",
-    ["math:gcd", "os:kill", "os:getpgid", "subprocess:Popen", "builtins:print", "builtins:eval", "shutil:move",
-     "torch:save", "bavq.core.storage:write_json", "os:environ", "math:pi"],
+    [
+        "math:gcd",
+        "os:kill",
+        "os:getpgid",
+        "subprocess:Popen",
+        "builtins:print",
+        "builtins:eval",
+        "shutil:move",
+        "torch:save",
+        "bavq.core.storage:write_json",
+        "os:environ",
+        "math:pi",
+    ],
 )
 def test_a_path_calls_nothing_but_what_is_meant_for_it(path, here, monkeypatch):
     "A stranger's configuration, also one in a run's folder, cannot call a function by its name."

@@ -16,7 +16,17 @@ from bavq.quantizers.adapters import as_vector_quantize
 from bavq.quantizers.base import make_quantizer
 from bavq.quantizers.codebook import EMACodebook, revive, sample_rows
 
-NAMES = ["vq", "vq_ema", "ba_vq", "vq_ema_spec", "gumbel", "product", "residual", "vq_entropy", "vq_ema_growing"]
+NAMES = [
+    "vq",
+    "vq_ema",
+    "ba_vq",
+    "vq_ema_spec",
+    "gumbel",
+    "product",
+    "residual",
+    "vq_entropy",
+    "vq_ema_growing",
+]
 SEARCHED = ["vq", "vq_ema", "ba_vq", "gumbel", "vq_ema_spec"]
 
 
@@ -49,7 +59,9 @@ def test_an_encoder_learns_before_a_quantizer_in_evaluation(gradient):
 
 
 @pytest.mark.parametrize("way", ["freeze", "requires_grad_", "attribute"])
-@pytest.mark.parametrize("name", ["vq_ema", "ba_vq", "vq_ema_spec", "residual", "vq_entropy", "vq_ema_growing"])
+@pytest.mark.parametrize(
+    "name", ["vq_ema", "ba_vq", "vq_ema_spec", "residual", "vq_entropy", "vq_ema_growing"]
+)
 def test_frozen_in_training_mode(name, way):
     "Nothing moves, by gradient or by averages; gradients reach the latents; unfrozen, it learns again."
     q = trained(name)
@@ -131,7 +143,7 @@ def test_a_repeated_pass_whose_first_one_is_forgotten_is_refused():
     out = checkpoint(lambda v: q(v).z_q, x, use_reentrant=True)
     for _ in range(5):
         q(torch.randn(50, 8))
-    with pytest.raises(BavqError, match="is not known any more: call backward before"):
+    with pytest.raises(BavqError, match="is not known now: call backward before"):
         out.sum().backward()
 
 
@@ -222,8 +234,9 @@ def test_the_record_follows_the_codes(name):
     assert q._ready and bool(q.initialised)
     q(torch.randn(50, 8))
     if name != "vq_ema_spec":
-        torch.testing.assert_close(q.base.book.codes if name == "vq_ema_growing" else q.codebook,
-                                   state[key], rtol=0, atol=0.2)
+        torch.testing.assert_close(
+            q.base.book.codes if name == "vq_ema_growing" else q.codebook, state[key], rtol=0, atol=0.2
+        )
     again = trained(name, 16)
     again.load_state_dict({k: v for k, v in state.items() if k == "wins"}, strict=False)
     assert again._ready, "codes that were set stay set"
@@ -242,13 +255,16 @@ def test_a_record_in_a_whole_model():
         assert fresh[1]._ready and fresh[1].initialised.dtype == torch.float32
 
 
-@pytest.mark.parametrize("mask, line", [
-    (torch.ones(5, 2, dtype=torch.bool), r"the mask has shape \[5, 2\], the vectors \[2, 5\]"),
-    (torch.ones(10, dtype=torch.bool), r"the mask has shape \[10\], the vectors \[2, 5\]"),
-    (torch.ones(2, 5, dtype=torch.int64), "the mask is torch.int64: give a tensor of bool"),
-    (torch.ones(2, 5), "the mask is torch.float32: give a tensor of bool"),
-    ([[True] * 5] * 2, "the mask is list: give a tensor of bool"),
-])
+@pytest.mark.parametrize(
+    "mask, line",
+    [
+        (torch.ones(5, 2, dtype=torch.bool), r"the mask has shape \[5, 2\], the vectors \[2, 5\]"),
+        (torch.ones(10, dtype=torch.bool), r"the mask has shape \[10\], the vectors \[2, 5\]"),
+        (torch.ones(2, 5, dtype=torch.int64), "the mask is torch.int64: give a tensor of bool"),
+        (torch.ones(2, 5), "the mask is torch.float32: give a tensor of bool"),
+        ([[True] * 5] * 2, "the mask is list: give a tensor of bool"),
+    ],
+)
 def test_masks_are_bool_and_of_the_right_shape(mask, line):
     "One line, before anything is learned."
     adapter = as_vector_quantize(trained("vq_ema")).train()

@@ -115,9 +115,7 @@ def test_killed_and_resumed_is_undisturbed(tmp_path):
     assert lines(whole) == lines(killed) and len(lines(whole)) == 6
     assert (whole / "final_metrics.json").read_text() == (killed / "final_metrics.json").read_text()
     for name in ("final_model.safetensors", "final_model.pt", "checkpoint_epoch4.pt", "checkpoint_epoch6.pt"):
-        assert (
-            difference(*(read_weights(folder / name) for folder in (whole, killed))) is None
-        )
+        assert difference(*(read_weights(folder / name) for folder in (whole, killed))) is None
 
 
 def test_two_processes_train_as_one(tmp_path):

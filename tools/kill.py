@@ -95,12 +95,7 @@ def work(name, folder, data):
     config = RUNS[name]
     if isinstance(config, PriorConfig):
         return fit_prior(config, codes(), folder, resume=True, progress=False)
-    return run(
-        replace(config, name=folder.name, data=data),
-        folder.parent,
-        resume=True,
-        progress=False,
-    )
+    return run(replace(config, name=folder.name, data=data), folder.parent, resume=True, progress=False)
 
 
 def mark(module, function, place, where, slow=0.0):

@@ -156,7 +156,7 @@ ARMS = {   # short name: quantizer, options
     "ba_vq_free": ("ba_vq", _STRONG | {"marginal": "free"}),
     "ba_vq_spec": ("ba_vq_spec", {}),
 }
-_CONTROL = "vq_ema_unrevived"   # of `09_control`, not of this study
+_ANSWERING = tuple(a for a in ARMS if a != "vq_ema_unrevived")   # which is that of `09_control`
 
 # %% ../../nbs/7_comparison/01_compare.ipynb #7585374a
 def arm(
@@ -171,7 +171,7 @@ def arm(
 
 # %% ../../nbs/7_comparison/01_compare.ipynb #39d869d2
 def answer_configs(
-    arms: Sequence[str] = tuple(a for a in ARMS if a != _CONTROL),  # short names
+    arms: Sequence[str] = _ANSWERING,                             # short names
     data: Sequence[str] = STUDY_DATA,                          # data sets
     codebook_sizes: Sequence[int] = (256, 512, 1024, 4096),    # K
     embedding_dims: Sequence[int] = (16, 64, 256),             # D

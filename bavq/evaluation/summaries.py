@@ -100,7 +100,7 @@ def tables(
 # %% ../../nbs/5_evaluation/04_summaries.ipynb #db2985bb
 def _shared(table: pd.DataFrame) -> list[str]:
     "The columns in which all rows agree, where there are several rows."
-    return [c for c in table if len(table) > 1 and table[c].astype(str).nunique() == 1]
+    return [str(c) for c in table if len(table) > 1 and table[c].astype(str).nunique() == 1]
 
 def _fit(names: list[str], columns: list[str], widths: dict[str, int], width: int) -> list[list[str]]:
     "Columns in groups that fit beside the names; one that never fits stands alone."
@@ -123,7 +123,7 @@ def table_as_text(
     shared = _shared(table[[c for c in names if c != names[-1]]]) if names else []
     heading = ", ".join(f"{c} {table[c].iloc[0]}" for c in shared)
     kept = [c for c in names if c not in shared]
-    rest = [c for c in table if c not in names]
-    widths = {c: max(len(str(c)), *(len(str(v)) for v in table[c])) for c in table}
+    rest = [str(c) for c in table if c not in names]
+    widths = {str(c): max(len(str(c)), *(len(str(v)) for v in table[c])) for c in table}
     parts = [table[kept + group].to_string(index=False) for group in _fit(kept, rest, widths, width)]
     return "\n\n".join([heading] * bool(heading) + parts)

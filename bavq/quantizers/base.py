@@ -707,7 +707,7 @@ def first_pass(
     apart = [float((p.x - x).nan_to_num(0, 0, 0).square().sum()) for p in alike]
     near = 1e-4 * float(x.nan_to_num(0, 0, 0).square().sum()) + 1e-30
     found = bool(apart) and min(apart) <= near
-    require(found, "a checkpointed forward pass is repeated, but what it chose at first is not known any more: "
+    require(found, "a checkpointed forward pass is repeated, but what it chose at first is not known now: "
             "call backward before further passes, or use_reentrant=False")
     return alike[apart.index(min(apart))]
 

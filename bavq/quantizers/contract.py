@@ -60,7 +60,7 @@ def _rule_gradient_in_eval(q, z):
     z_q = q.eval()(z).z_q
     g = torch.autograd.grad(z_q.sum(), z, allow_unused=True)[0] if z_q.requires_grad else None
     passes = g is not None and bool(g.isfinite().all() and g.abs().sum() > 0)
-    require(passes, "in evaluation no gradient reaches z through z_q: an encoder before a frozen quantizer would "
+    require(passes, "in evaluation no gradient reaches z through z_q: an encoder before a frozen one would "
             "learn nothing from the decoder; estimate wherever z.requires_grad")
 
 # %% ../../nbs/2_quantizers/11_contract.ipynb #5bca56e8
@@ -143,7 +143,7 @@ def _rule_repeated_pass(q, z):
         same = len(grads) == len(grads_again) and all(map(torch.allclose, grads, grads_again))
         once = all(torch.equal(v, state_again[k]) for k, v in state.items())
         require(same and once, "activation checkpointing changes the gradients or the state: "
-                "learn nothing from a pass in which 01_base's recomputing() is true, and use the first one's codes")
+                "learn nothing from a pass in which recomputing() is true, and use the first one's codes")
 
 def _rule_frozen(q, z):
     "frozen, it learns nothing in training"
@@ -154,7 +154,7 @@ def _rule_frozen(q, z):
     before = copy.deepcopy(frozen.state_dict())
     frozen(z)
     changed = changed_state(frozen, before) + [k for k, p in frozen.named_parameters() if p.requires_grad]
-    require(not changed, f"frozen, it still changes {', '.join(changed)}: update only where learns(q) is true")
+    require(not changed, f"frozen, it changes {', '.join(changed)}: update only where learns(q) is true")
 
 # %% ../../nbs/2_quantizers/11_contract.ipynb #7de98d9c
 def _rule_precision(q, z):

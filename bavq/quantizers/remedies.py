@@ -65,7 +65,7 @@ def mean_over_processes(
     v: Tensor,              # [N, …], N may differ between processes and be 0
     together: bool = True,  # False in evaluation, where processes take no turns
 ) -> Tensor:                # […]
-    "The mean of all processes' rows; backward, this process's share of it (gradients are averaged after that)."
+    "The mean of all processes' rows; backward, this process's share (gradients are averaged after that)."
     if not (together and parallel()):
         return v.mean(0)
     rows = row_counts(v).sum().clamp_min(1)
@@ -287,7 +287,7 @@ class GrowingQuantizer(Quantizer):
 
 # %% ../../nbs/2_quantizers/09_remedies.ipynb #64b54c38
 def active_size(q: GrowingQuantizer) -> int:
-    "How many codes there are: the buffer says it; on an accelerator, what it said at the latest train or eval."
+    "How many codes there are, as the buffer says; on an accelerator, as it said at the latest train or eval."
     active = q._buffers.get("active_codes")
     if active is not None and active.device.type == "cpu":
         q._size = round(float(active))

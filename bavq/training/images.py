@@ -197,7 +197,8 @@ def write_arrays(path: Path, arrays: dict[str, Any]) -> None:
 def gives_images(thing: Any) -> bool:
     "Does a function say that it returns an `ImageData`?"
     said = getattr(thing, "__annotations__", {}).get("return")
-    return inspect.isfunction(thing) and str(getattr(said, "__name__", said)).rpartition(".")[2] == "ImageData"
+    name = str(getattr(said, "__name__", said)).rpartition(".")[2]
+    return inspect.isfunction(thing) and name == "ImageData"
 
 # %% ../../nbs/4_training/00_images.ipynb #cc625bb4
 DATASETS = Registry("data set", "bavq.datasets", gives_images, "a function annotated to return ImageData")
