@@ -21,7 +21,8 @@ from bavq.core.distributed import set_seed
 from bavq.core.errors import BavqError
 from bavq.core.presets import KNOWN, OLD_NAMES, PRESETS, study_configs
 from bavq.core.storage import write_json
-from bavq.evaluation.compression import compress, compress_folder, decompress_folder, read_header
+from bavq.evaluation.compression import compress, read_header
+from bavq.evaluation.folders import compress_folder, decompress_folder
 from bavq.evaluation.summaries import summarise, table_as_text, tables
 from bavq.models.maskgit import make_prior
 from bavq.models.networks import NETWORKS

@@ -14,14 +14,13 @@ from bavq.evaluation.compression import (
     DIGEST,
     HEADER,
     compress,
-    compress_folder,
     decompress,
     digest,
     image_codes,
-    plan_files,
     read_codes,
     read_header,
 )
+from bavq.evaluation.folders import compress_folder, plan_files
 from bavq.models.maskgit import make_prior
 from bavq.models.vqvae import VQVAE
 

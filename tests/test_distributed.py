@@ -217,7 +217,8 @@ for make in (VQEMAQuantizer, BAQuantizer):
     lengths = torch.tensor([[[70], [25]]]).repeat(12, 1, 1)   # the second sequence is much shorter
     lengths[0, 1] = lengths[3, 0] = lengths[4, 1] = 0    # one process has nothing, at the start and later
     mine = slice(None) if rank < 0 else slice(rank, rank + 1)
-    for batch, length in zip(x, lengths): adapter(batch[mine], mask=(torch.arange(80) < length)[mine])
+    for batch, length in zip(x, lengths):
+        adapter(batch[mine], mask=(torch.arange(80) < length)[mine])
     states[make.__name__] = adapter.state_dict()
 torch.manual_seed(0)
 quantizer = make_quantizer("vq_entropy", 16, 8).train()

@@ -190,11 +190,12 @@ def test_a_copy_that_averages_floats_keeps_its_codes(name):
     assert copied.initialised and stayed >= 8, "a batch has set the averaged codes anew"
 
 
+@pytest.mark.parametrize("average", [None, get_ema_multi_avg_fn(0.5)])
 @pytest.mark.parametrize("name", [*SEARCHED, "vq_ema_growing", "residual"])
-def test_averaged_model_takes_all_buffers(name):
+def test_averaged_model_takes_all_buffers(name, average):
     torch.manual_seed(0)
     q = make_quantizer(name, 64, 8).train()
-    mean = AveragedModel(q, multi_avg_fn=get_ema_multi_avg_fn(0.5), use_buffers=True)
+    mean = AveragedModel(q, multi_avg_fn=average, use_buffers=True)
     for step in range(5):
         q(torch.randn(200, 8))
         q.anneal(step / 4)

@@ -8,31 +8,20 @@ import hashlib
 import struct
 import zlib
 from copy import deepcopy
-from pathlib import Path
-from typing import Any, Callable, Iterator, NamedTuple
+from typing import Any, Iterator, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
 from ..core.errors import BavqError, choose, needs, require, typed
-from ..core.storage import atomic_write
-from ..training.data import read_image
 from ..training.images import normalize
 from .scores import as_pixels
 from ..theory.metrics import code_counts
-from ..models.maskgit import load_prior, model_hash
+from ..models.maskgit import model_hash
 from ..models.priors import Prior
 from ..models.vqvae import VQVAE
-from ..training.checkpoints import load_model
 
 # %% auto #0
-__all__ = ['encode_indices', 'decode_indices', 'Header', 'read_header', 'image_codes', 'compress', 'read_codes', 'decompress',
-           'compress_folder', 'decompress_folder']
-
-# %% ../../nbs/5_evaluation/03_compression.ipynb #2171fa0e
-needs("PIL", extra="train")
-
-# %% ../../nbs/5_evaluation/03_compression.ipynb #016eccef
-from PIL import Image
+__all__ = ['encode_indices', 'decode_indices', 'Header', 'read_header', 'image_codes', 'compress', 'read_codes', 'decompress']
 
 # %% ../../nbs/5_evaluation/03_compression.ipynb #b8dfd55e
 def coders() -> tuple[Any, Any]:
@@ -466,196 +455,3 @@ def decompress(
     decoded = [model.decode_codes(codes.to(device)) for codes in indices.split(batch_size)]
     tiles = torch.cat([as_pixels(x).cpu() for x in decoded])
     return from_tiles(tiles, h.n, h.height, h.width)
-
-# %% ../../nbs/5_evaluation/03_compression.ipynb #dcaf0f81
-def plan_files(
-    folder: str | Path,             # with files
-    out: str | Path,                # where others will lie
-    suffixes: tuple[str, ...],      # of the files that count
-    rename: Callable[[str], str],   # a file's name to that of its counterpart
-) -> dict[Path, Path]:
-    "Which file becomes which, or a `BavqError`: no such folder, nothing in it, or two that become one."
-    folder, out = Path(folder), Path(out)
-    require(folder.is_dir(), f"there is no folder {folder}: check the path")
-    files = [f for f in sorted(folder.iterdir()) if f.suffix.lower() in suffixes and f.is_file()]
-    jobs = {f: out / rename(f.name) for f in files}
-    require(bool(jobs), f"{folder} holds no file that ends in {', '.join(suffixes)}: check the path")
-    targets = list(jobs.values())
-    twice = next((f.name for f in targets if targets.count(f) > 1), "")
-    require(not twice, f"two files of {folder} would both become {twice}: rename one of them")
-    return jobs
-
-# %% ../../nbs/5_evaluation/03_compression.ipynb #9bcc5be7
-def usable_files(
-    files: list[Path],            # to try
-    read: Callable[[Path], Any],  # raises a `BavqError` for a bad one
-    skip_bad: bool,               # leave bad ones out, with a line for each
-) -> list[Path]:
-    "The files that can be read; a `BavqError` names the others, unless they may be left out."
-    bad = {}
-    for path in files:
-        try:
-            read(path)
-        except BavqError as e:
-            bad[path] = str(e)
-    if bad and not skip_bad:
-        first = next(iter(bad.values()))
-        names = ", ".join(path.name for path in list(bad)[:5])
-        raise BavqError(f"{len(bad)} of {len(files)} files are bad ({names}): {first}; or give --skip-bad")
-    for message in bad.values():
-        print(f"left out: {message}")
-    require(len(bad) < len(files), "no file is left: give at least one that can be read")
-    return [path for path in files if path not in bad]
-
-# %% ../../nbs/5_evaluation/03_compression.ipynb #3e3fba9e
-def load_parts(
-    run: str | Path,    # folder of a trained autoencoder
-    prior: str | Path,  # folder of a prior; empty: none
-) -> tuple[VQVAE, Prior | None, int]:
-    "Model, prior (None: no folder given), and the side of their tiles."
-    model, config = load_model(run)
-    if not prior:
-        return model, None, config.image_size or 32
-    p = load_prior(prior)
-    return model, p, 4 * p.grid[0]
-
-# %% ../../nbs/5_evaluation/03_compression.ipynb #ce5e7496
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
-
-def _check_picture(path):
-    "A `BavqError` unless it can be decoded and stands still."
-    read_image(path)
-    with Image.open(path) as image:
-        frames = getattr(image, "n_frames", 1)
-    require(frames == 1, f"the image {path} is animated ({frames} frames): save one frame as a PNG")
-
-def _read_pixels(path, grey):
-    "A picture as uint8 [1, C, H, W], of one channel or of three."
-    image = np.asarray(read_image(path).convert("L" if grey else "RGB")).copy()
-    return torch.from_numpy(image).view(1, *image.shape[:2], -1).permute(0, 3, 1, 2)
-
-def _bits_per_pixel(data_bytes, pixels):
-    "As it is printed."
-    return f"{8 * data_bytes / pixels:.3f} bits per pixel"
-
-# %% ../../nbs/5_evaluation/03_compression.ipynb #5bb43625
-def _is_grey(model):
-    "Does the model make images of one channel?"
-    decoder: Any = model.decoder
-    return decoder.layers[-1].out_channels == 1
-
-def _name_others(folder, suffixes):
-    "A line for the files of the folder that are no pictures, or of a kind that is not read."
-    others = [f.name for f in sorted(folder.iterdir()) if f.is_file() and f.suffix.lower() not in suffixes]
-    if others:
-        more = ", …" if len(others) > 5 else ""
-        print(f"not looked at: {', '.join(others[:5])}{more} ({len(others)} files of another kind)")
-
-# %% ../../nbs/5_evaluation/03_compression.ipynb #b6cb5e8d
-def is_written(
-    target: Path,         # a file, or nothing yet
-    image: Tensor,        # [1, C, H, W] uint8
-    model: VQVAE,         # with which it would be written
-    prior: Prior | None,  # likewise
-    tile: int,            # side of the squares
-    coding: str,          # that was asked for; empty: any
-) -> bool:
-    "Does a whole file of this image lie there? A `BavqError` where something else does."
-    if not target.exists():
-        return False
-    cure = "remove it, or give another folder"
-    try:
-        h = read_header(target.read_bytes())
-    except BavqError as e:
-        raise BavqError(f"{target} is there already, and no whole file of bavq's ({e}): {cure}") from None
-    of_these = h.model == short_hash(model) and h.prior in (bytes(8), short_hash(prior))
-    as_asked = coding in ("", list(CODINGS)[h.coding])
-    same_sizes = (h.n, h.height, h.width, h.tile) == (1, *image.shape[2:], tile)
-    same = of_these and as_asked and same_sizes and h.check == codes_check(image_codes(image, model, tile, 64))
-    require(same, f"{target} is there already, with another image, model or coding: {cure}")
-    return True
-
-# %% ../../nbs/5_evaluation/03_compression.ipynb #891e27c6
-def _compress_file(source, target, parts, coding, kept):
-    "Write the file of one image, or keep it, and print a line; its bytes and its pixels."
-    model, prior, tile = parts
-    image = _read_pixels(source, _is_grey(model))
-    data = target.read_bytes() if kept else compress(image, model, prior, coding, tile)
-    if not kept:
-        atomic_write(target, lambda f: f.write(data))
-    height, width = image.shape[2:]
-    used = list(CODINGS)[read_header(data).coding] + (", there already" if kept else "")
-    size = f"{width} x {height}, {len(data)} bytes, {_bits_per_pixel(len(data), height * width)}, {used}"
-    print(f"{source.name}: {size}")
-    return len(data), height * width
-
-# %% ../../nbs/5_evaluation/03_compression.ipynb #02e910de
-def compress_folder(
-    run: str | Path,         # folder of a trained autoencoder
-    folder: str | Path,      # of images: PNG, JPEG, WebP, BMP, or GIF with one frame
-    out: str | Path,         # where NAME.bavq will lie; files of these images that are there already are kept
-    prior: str | Path = "",  # folder of a prior of this run; empty: none
-    coding: str = "",        # uniform, marginal or prior; empty: of each image the shortest, as measured
-    skip_bad: bool = False,  # leave out images that cannot be read
-) -> int:  # bytes of all files
-    "Write a file for each image, and print a line for each. All images are tried before the first is written."
-    jobs = plan_files(folder, out, PICTURES, lambda name: name + ".bavq")
-    _name_others(Path(folder), PICTURES)
-    sources = usable_files(list(jobs), _check_picture, skip_bad)
-    parts = load_parts(run, prior)
-    kept = [f for f in sources if is_written(jobs[f], _read_pixels(f, _is_grey(parts[0])), *parts, coding)]
-    total = 0
-    pixels = 0
-    for source in sources:
-        size, area = _compress_file(source, jobs[source], parts, coding, source in kept)
-        total += size
-        pixels += area
-    print(f"{len(sources)} images, {total} bytes, {_bits_per_pixel(total, pixels)}")
-    return total
-
-# %% ../../nbs/5_evaluation/03_compression.ipynb #49b9c5bd
-def _png_name(name):
-    "cat.png.bavq becomes cat.png, and cat.bavq too."
-    stem = name[: -len(".bavq")]
-    return stem if stem.lower().endswith(".png") else stem + ".png"
-
-def _write_png(path, image):
-    "Write uint8 [C, H, W] as a PNG, whole or not at all."
-    pixels = image.permute(1, 2, 0).squeeze(-1).numpy()
-    atomic_write(path, lambda f: Image.fromarray(pixels).save(f, "PNG"))
-
-# %% ../../nbs/5_evaluation/03_compression.ipynb #56a035ad
-def _refuse_taken(targets):
-    "A `BavqError` where a file is in the way."
-    taken = [f for f in targets if f.exists()]
-    if taken:
-        cure = "give another folder, or remove them"
-        raise BavqError(f"{len(taken)} of the files are there already, {taken[0]} among them: {cure}")
-
-def _read_one(path, model, prior):
-    "The one image of a file [C, H, W]; a `BavqError` names the file."
-    try:
-        images = decompress(path.read_bytes(), model, prior)
-    except BavqError as e:
-        raise BavqError(f"{path}: {e}") from None
-    cure = "read it with bavq.evaluation.compression.decompress"
-    require(len(images) == 1, f"{path} holds {len(images)} images: {cure}")
-    return images[0]
-
-# %% ../../nbs/5_evaluation/03_compression.ipynb #c70ac722
-def decompress_folder(
-    run: str | Path,         # folder of the autoencoder that wrote them
-    folder: str | Path,      # of .bavq files
-    out: str | Path,         # where the PNG files will lie
-    prior: str | Path = "",  # folder of the prior that wrote them; empty: none
-    skip_bad: bool = False,  # leave out files that are damaged or of another model
-) -> int:  # images
-    "Read every file of a folder, and write its image as PNG. All files are tried before the first is written."
-    jobs = plan_files(folder, out, (".bavq",), _png_name)
-    _refuse_taken(list(jobs.values()))
-    model, p, _ = load_parts(run, prior)
-    sources = usable_files(list(jobs), lambda f: _read_one(f, model, p), skip_bad)
-    for source in sources:
-        _write_png(jobs[source], _read_one(source, model, p))
-    print(f"{len(sources)} images")
-    return len(sources)

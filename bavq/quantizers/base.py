@@ -296,9 +296,10 @@ def seeding_cells(
     x: Tensor,            # latents [N, D]
     num_embeddings: int,  # K
 ) -> list[SeedingCell]:
-    "Cells of 16,384 neighbours at most, each with one code."
+    "Cells of 16,384 neighbours at most (of 4,096 where codes are many), each with one code."
+    limit = 2**14 if num_embeddings <= 2**13 else 2**12
     parts = [x]
-    while len(parts[0]) > 16384:
+    while len(parts[0]) > limit:
         parts = [half for part in parts for half in split_in_two(part)]
     trials = 2 + int(math.log(num_embeddings / len(parts)))
     cells = [SeedingCell(part, trials) for part in parts]
@@ -451,6 +452,7 @@ class LearningHooks(Freezable):
         raise NotImplementedError(f"{type(self).__name__} needs a property `codebook`")
 
     def write_codes(self, codes: Tensor) -> None:
+        "Put all codes somewhere [K, D]."
         raise NotImplementedError(f"{type(self).__name__} needs `write_codes(codes)`")
 
     def losses(self, x: Tensor, e: Tensor) -> dict[str, Tensor]:
@@ -668,7 +670,9 @@ class FirstPass:
         index: Tensor,  # their codes' indices [N]
         e: Tensor,      # their codes [N, D]
     ):
-        self.x, self.index, self.e = x.detach(), index, e.detach()
+        self.x = x.detach()
+        self.index = index
+        self.e = e.detach()
 
 class FirstPasses:
     "Those of one quantizer that may be repeated."

@@ -242,10 +242,36 @@ def repeated(
     "Rows over and over, until there are K."
     return rows.repeat(-(-K // len(rows)), 1)[:K]
 
+# %% ../../nbs/2_quantizers/09_remedies.ipynb #64b54c38
+def active_size(q: "SizedByBuffer") -> int:
+    "How many codes there are. On an accelerator, what the buffer said at the latest train or eval."
+    active = q._buffers.get("active_codes")
+    if active is not None and active.device.type == "cpu":
+        q._size = round(float(active))
+    return q._size
+
+# %% ../../nbs/2_quantizers/09_remedies.ipynb #ce35688f
+class SizedByBuffer(Quantizer):
+    "A quantizer whose number of codes is a buffer, so that copies that average or load have it too."
+    active_codes: Tensor  # how many there are
+
+    @property
+    def num_embeddings(self): return active_size(self)
+    @num_embeddings.setter
+    def num_embeddings(self, n): self._size = n
+
+    def _load_from_state_dict(self, *args):
+        super()._load_from_state_dict(*args)
+        self._size = round(float(self.active_codes))
+
+    def train(self, mode=True):
+        if self.active_codes.device.type != "meta":
+            self._size = round(float(self.active_codes))
+        return super().train(mode)
+
 # %% ../../nbs/2_quantizers/09_remedies.ipynb #2ccdb731
-class GrowingQuantizer(Quantizer):
+class GrowingQuantizer(SizedByBuffer):
     "The first codes of a quantizer, more and more of them. `num_embeddings` counts those there are."
-    active_codes: Tensor  # how many there are, a number that copies can average
     wins: Tensor          # running count of each code's wins [K]
 
     def __init__(self,
@@ -263,10 +289,6 @@ class GrowingQuantizer(Quantizer):
         self.register_buffer("wins", torch.ones(base.num_embeddings))
 
     @property
-    def num_embeddings(self): return active_size(self)
-    @num_embeddings.setter
-    def num_embeddings(self, n): self._size = n
-    @property
     def codebook(self): return self.base.codebook[:self.num_embeddings]
     def losses(self, x, e): return self.base.losses(x, e)
     def report(self): return self.base.report() | dict(active_codes=self.active_codes.long())
@@ -275,23 +297,6 @@ class GrowingQuantizer(Quantizer):
 
     def write_codes(self, codes):
         self.base.set_codes(repeated(codes, self.base.num_embeddings))
-
-    def _load_from_state_dict(self, *args):
-        super()._load_from_state_dict(*args)
-        self._size = round(float(self.active_codes))
-
-    def train(self, mode=True):
-        if self.active_codes.device.type != "meta":
-            self._size = round(float(self.active_codes))
-        return super().train(mode)
-
-# %% ../../nbs/2_quantizers/09_remedies.ipynb #64b54c38
-def active_size(q: GrowingQuantizer) -> int:
-    "How many codes there are, as the buffer says; on an accelerator, as it said at the latest train or eval."
-    active = q._buffers.get("active_codes")
-    if active is not None and active.device.type == "cpu":
-        q._size = round(float(active))
-    return q._size
 
 # %% ../../nbs/2_quantizers/09_remedies.ipynb #d564dc59
 def first_codes(
