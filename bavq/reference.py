@@ -25,7 +25,8 @@ from .training.data import Batches
 from .training.data import get_dataloaders as loaders_of
 from .training import loop
 from .training.checkpoints import Training
-from .training.experiments import constructor_arguments, run_environment, write_environment
+from .core.provenance import constructor_arguments
+from .training.experiments import run_environment, write_environment
 
 # %% auto #0
 __all__ = ['VQEMAQuantizer', 'BAQuantizer', 'get_dataloaders', 'train_epoch', 'validate', 'train', 'VectorQuantizer',

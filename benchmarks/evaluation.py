@@ -110,7 +110,7 @@ def measured(kind, name, n):
 
 def main(n=60_000):
     from bavq.core.storage import write_json
-    from bavq.training.experiments import environment
+    from bavq.core.provenance import environment
 
     parts = {}
     for name in PARTS:

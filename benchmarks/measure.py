@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 import torch
 
 from bavq.core.storage import write_json
-from bavq.training.experiments import environment
+from bavq.core.provenance import environment
 
 
 def seconds(call, device):

@@ -278,9 +278,11 @@ def test_a_folder_that_cannot_be_written(monkeypatch, here):
         raise PermissionError(13, "Permission denied")
 
     inner = os.open
-    monkeypatch.setattr(
-        os, "open", lambda path, flags, *a: (refuse if flags & os.O_EXCL else inner)(path, flags, *a)
-    )
+
+    def open_old(path, flags, *more):
+        return refuse() if flags & os.O_EXCL else inner(path, flags, *more)
+
+    monkeypatch.setattr(os, "open", open_old)
     with pytest.raises(DiskError, match="Permission denied"):
         run(TINY, here, progress=False)
     assert not list(Path("run").glob("c*"))
@@ -497,8 +499,7 @@ def test_accelerate_is_left_as_it_was():
 
 
 def test_final_weights_of_both_forms_are_one():
-    """Equal to the bit, in the order of the model; a final write that is cut short leaves none of an older
-    model."""
+    "Equal to the bit, and in the order of the model; where one form is missing, the other is read."
     train()
     safe, pickled = (Path("run") / name for name in bavq.core.storage.FINAL_WEIGHTS)
     a, b = read_weights(safe), read_weights(pickled)

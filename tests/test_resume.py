@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bavq.core import provenance
 from bavq.core.config import RunConfig
 from bavq.core.errors import BavqError
 from bavq.core.storage import read_weights
@@ -147,7 +148,7 @@ def prepared(**changes):
 def test_a_changed_encoder_takes_no_old_warm_up(tmp_path, monkeypatch):
     "The name of a kept warm-up follows the source of this package: one other character makes another file."
     copy = shutil.copytree(ROOT / "bavq", tmp_path / "bavq", ignore=shutil.ignore_patterns("__pycache__"))
-    monkeypatch.setattr(experiments, "files", lambda name: copy)
+    monkeypatch.setattr(provenance, "files", lambda name: copy)
     t = prepared(warmup_steps=20)  # an epoch
 
     def name():
@@ -206,14 +207,13 @@ def stop_after(epochs):
 
 def test_a_run_names_all_that_trained_it(tmp_path, monkeypatch):
     """Begun by one commit, gone on with by another: environment.json, the record and the table name both. An
-    attempt that is refused leaves environment.json as it was, and one that reached no checkpoint is not
-    named."""
+    attempt that is refused leaves environment.json as it was, and one without a checkpoint is not named."""
     monkeypatch.chdir(tmp_path)
     config, inner = RunConfig(name="run", **TINY | dict(warmup_steps=0)), experiments.keep_warmup
     path = Path("runs/run/environment.json")
 
     def attempt(commit, epochs):
-        monkeypatch.setattr(experiments, "ask_git", lambda *words: commit if words[0] == "rev-parse" else "")
+        monkeypatch.setattr(provenance, "ask_git", lambda *words: commit if words[0] == "rev-parse" else "")
         monkeypatch.setattr(experiments, "keep_warmup", lambda t, out: (inner(t, out), stop_after(epochs)()))
         run(config, "runs", resume=True, progress=False, record="study")
 

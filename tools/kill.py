@@ -36,7 +36,8 @@ import bavq.training.loop
 import bavq.training.prior_training
 from bavq.core.config import PriorConfig, RunConfig
 from bavq.core.storage import read_history, read_weights, write_json
-from bavq.training.experiments import environment, run
+from bavq.core.provenance import environment
+from bavq.training.experiments import run
 from bavq.training.prior_training import Codes, fit_prior
 
 PLACES = [

@@ -26,8 +26,9 @@ def let_threads_sleep(
         return ""
     environ["OMP_WAIT_POLICY"] = "PASSIVE"
     threads = environ.get("OMP_NUM_THREADS", "one a core")
-    return (f"threads: {threads}, asleep while they wait (OMP_WAIT_POLICY=passive), so that other work on"
-            " this machine does not slow them down; OMP_NUM_THREADS sets how many")
+    why = "so that other work on this machine does not slow them down"
+    return (f"threads: {threads}, asleep while they wait (OMP_WAIT_POLICY=passive), {why};"
+            " OMP_NUM_THREADS sets how many")
 
 # %% ../../nbs/0_core/09_start.ipynb #97e01336
 def there_to_resume(
@@ -40,5 +41,5 @@ def there_to_resume(
     names = nearest_first(folder.name, there)
     some = ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
     choice = f"there are {some}" if names else "none is there"
-    raise BavqError(f"no run {folder.name} to resume in {folder.parent} ({choice}): check the name, or leave"
-                    " out --resume to start it")
+    advice = "check the name, or leave out --resume to start it"
+    raise BavqError(f"no run {folder.name} to resume in {folder.parent} ({choice}): {advice}")

@@ -26,7 +26,7 @@ from ..quantizers.base import QUANTIZERS
 from ..core.storage import (
     FINAL_WEIGHTS, config_in_weights, final_weights, patient_for, read_json, read_weights)
 from ..models.vqvae2 import build_model
-from ..training.experiments import environment
+from ..core.provenance import environment
 from ..training.checkpoints import load_model
 from ..models.vqvae import VQVAE
 

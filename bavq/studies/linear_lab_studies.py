@@ -18,7 +18,7 @@ import torch
 from ..core.errors import needs, require
 from ..core.storage import atomic_write, write_json
 from ..theory.statistics import mean_interval, paired_difference
-from ..training.experiments import environment
+from ..core.provenance import environment
 from ..training.sweeps import cores
 from ..core.storage import read_json
 from .linear_lab import TRAINERS, LabSettings, LowRankSource

@@ -10,21 +10,16 @@ import hashlib
 import inspect
 import json
 import os
-import platform
-import shutil
-import subprocess
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
-from importlib.metadata import PackageNotFoundError, version
-from importlib.resources import files
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 # %% auto #0
-__all__ = ['ANSWER', 'environment', 'read_records', 'record_run', 'run', 'load_results']
+__all__ = ['ANSWER', 'read_records', 'record_run', 'run', 'load_results']
 
 # %% ../../nbs/4_training/04_experiments.ipynb #c0de4a01
 import torch
@@ -33,6 +28,9 @@ from ..core.config import (
     RunConfig, check_config, config_from_dict, config_from_record, config_id, run_name)
 from ..core.distributed import get_rng_state, set_rng_state
 from ..core.errors import BavqError, DiskError, needs, require
+from bavq.core.provenance import (
+    constructor_arguments, environment, is_plain, module_settings, source_hash, trained_by, uncommitted,
+    with_segment)
 from ..core.storage import (
     atomic_write, check_folder, only_writer, read_history, read_json, read_weights, write_json, write_weights)
 from ..models.networks import NETWORKS
@@ -40,6 +38,8 @@ from ..quantizers.base import ALIASES, QUANTIZERS, read_option, resolve_alias
 from .checkpoints import Training
 from .images import DATASETS
 from .loop import fit, on_step, prepare, train_epoch
+
+# %% ../../nbs/4_training/04_experiments.ipynb #ff288adb
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -74,96 +74,6 @@ def only_process(
     n = int(os.environ.get("WORLD_SIZE", 1))
     require(n == 1, f"{what} was started in {n} processes: start it once, without torchrun or accelerate"
                     " launch, which are for a single training run")
-
-# %% ../../nbs/4_training/04_experiments.ipynb #9754f974
-@functools.cache
-def source_hash() -> str:
-    "SHA-256 of the package's source: path and bytes of every Python file, in the order of the paths."
-    home = Path(str(files("bavq")))
-    digest = hashlib.sha256()
-    for path in sorted(home.rglob("*.py")):
-        digest.update(path.relative_to(home).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()
-
-# %% ../../nbs/4_training/04_experiments.ipynb #aaa4be16
-def ask_git(
-    *command: str,  # what follows `git`
-) -> str | None:
-    "What git prints in the package's folder; None without git, without a repository, or if installed."
-    home = Path(str(files("bavq")))
-    if {"site-packages", "dist-packages"} & set(home.parts) or shutil.which("git") is None:
-        return None
-    done = subprocess.run(["git", "-C", str(home), *command], capture_output=True, text=True)
-    return done.stdout.rstrip("\n") if done.returncode == 0 else None
-
-# %% ../../nbs/4_training/04_experiments.ipynb #ca834178
-def uncommitted() -> list[str]:
-    "Files that differ from the commit, and new files of the package; the records in results/ do not count."
-    status = ("status", "--porcelain", "--untracked-files=all", "--", ":/", ":(top,exclude)results")
-    said = ask_git(*status) or ""
-    changed = []
-    for line in said.splitlines():
-        state, path = line[:2], line[3:]
-        if state != "??" or path.startswith("bavq/"):
-            changed.append(path)
-    return changed
-
-# %% ../../nbs/4_training/04_experiments.ipynb #05c92e49
-RECORDED_VERSIONS = ("torch", "torchvision", "accelerate", "numpy", "vector-quantize-pytorch")
-
-def versions() -> dict[str, str]:
-    "Versions of this package, of Python, and of those libraries of `RECORDED_VERSIONS` that are installed."
-    found = dict(bavq=sys.modules["bavq"].__version__, python=platform.python_version())
-    for name in RECORDED_VERSIONS:
-        with contextlib.suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
-
-# %% ../../nbs/4_training/04_experiments.ipynb #841008ec
-def environment(
-    device: str | torch.device = "cpu",  # that trains
-) -> dict[str, Any]:
-    "What made a result: commit, hash of the source, versions, device, number of threads."
-    commit = ask_git("rev-parse", "HEAD")
-    if commit and uncommitted():
-        commit += "-dirty"
-    name = f"{device}, {platform.machine()}"
-    if torch.device(device).type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    return dict(commit=commit or "unknown", source=source_hash(), versions=versions(), device=name,
-                threads=torch.get_num_threads())
-
-# %% ../../nbs/4_training/04_experiments.ipynb #88c25784
-def is_plain(
-    value: Any,  # of a setting
-) -> bool:
-    "Is it a number, a text, or a short list of those? Such values can be written down."
-    if isinstance(value, (tuple, list)):
-        return len(value) <= 16 and all(isinstance(v, (bool, int, float, str)) for v in value)
-    return isinstance(value, (bool, int, float, str))
-
-# %% ../../nbs/4_training/04_experiments.ipynb #52316244
-def constructor_arguments(
-    maker: Any,  # a class or a function
-) -> dict[str, Any]:
-    "The named arguments that it takes, and their defaults; arguments without one are left out."
-    parameters = inspect.signature(maker).parameters.values()
-    return {p.name: p.default for p in parameters if p.default is not p.empty}
-
-# %% ../../nbs/4_training/04_experiments.ipynb #95127677
-def module_settings(
-    module: nn.Module,  # a quantizer, or a part of one
-) -> dict[str, Any]:
-    "Values of constructor's arguments and class attributes, where they are plain and kept by that name."
-    names: set[str] = {"num_embeddings", "embedding_dim"}
-    for cls in type(module).__mro__:
-        if cls.__module__.split(".")[0] in ("torch", "builtins", "typing"):
-            continue
-        if "__init__" in vars(cls):
-            names |= constructor_arguments(cls).keys()
-        names |= {k for k, v in vars(cls).items() if is_plain(v) and not k.startswith("_")}
-    values = {k: getattr(module, k, None) for k in sorted(names)}
-    return {k: v for k, v in values.items() if is_plain(v)}
 
 # %% ../../nbs/4_training/04_experiments.ipynb #393d0df6
 def resolved_arguments(
@@ -219,32 +129,7 @@ def run_environment(
     plugins = plugin_hashes(c)
     return made_by | (dict(plugins=plugins) if plugins else {})
 
-# %% ../../nbs/4_training/04_experiments.ipynb #ca2f86f6
-SEGMENT = ("commit", "source", "versions", "device", "threads", "plugins")   # what trains a part of a run
-
-def trained_by(
-    made_by: dict[str, Any],  # of environment.json, or of a record
-) -> list[dict[str, Any]]:
-    "The segments of a run, in order; of one without a list of them, what is known."
-    if "segments" in made_by:
-        return made_by["segments"]
-    known = {k: made_by[k] for k in SEGMENT if k in made_by}
-    return [dict(s, epoch=0, step=0) for s in (*made_by.get("earlier", []), known)]
-
 # %% ../../nbs/4_training/04_experiments.ipynb #9d55e4ac
-def with_segment(
-    segments: list[dict[str, Any]],  # before
-    made_by: dict[str, Any],         # what trains from here on
-    epoch: int,                      # finished ones
-    step: int,                       # done in the next one
-) -> list[dict[str, Any]]:
-    "The segments of a run that goes on; those of which nothing is left are gone."
-    kept = [s for s in segments if (s["epoch"], s["step"]) < (epoch, step)]
-    here = {k: made_by[k] for k in SEGMENT if k in made_by}
-    if kept and here == {k: kept[-1][k] for k in SEGMENT if k in kept[-1]}:
-        return kept
-    return [*kept, dict(here, epoch=epoch, step=step)]
-
 def write_environment(
     made_by: dict[str, Any],  # of `run_environment`
     t: Training,              # where it goes on

@@ -26,7 +26,8 @@ from .images import read_arrays
 from .checkpoints import Training, load_model, locate_error, restore_state, save_checkpoint
 from .loop import (
     cooled_rate, end_epoch, make_accelerator, own_state, rest_of_epoch, start_log)
-from .experiments import environment, source_hash, write_environment
+from ..core.provenance import environment, source_hash
+from .experiments import write_environment
 
 # %% auto #0
 __all__ = ['Codes', 'extract_codes', 'code_bits', 'fit_prior', 'train_prior', 'sample_images']
