@@ -22,9 +22,9 @@ for path in sorted(Path(bavq.__file__).parent.rglob("*.py")):  # whatever regist
         )
 
 from bavq.quantizers.base import QUANTIZERS, make_quantizer
-from bavq.quantizers.search import rotate
 from bavq.quantizers.contract import RULES, check_quantizer
 from bavq.quantizers.remedies import entropy_term, with_losses
+from bavq.quantizers.search import rotate
 
 PEER = importlib.util.find_spec("vector_quantize_pytorch") is not None
 NAMES = [
