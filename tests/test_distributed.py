@@ -257,9 +257,16 @@ def test_sequences_of_several_lengths_on_several_processes(tmp_path):
             )
 
 
+# Without it a process may be at its end while the other still talks to it, and both die of that.
+TOGETHER = """
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()
+"""
+
+
 def two(program, folder):
-    "Run a program in two processes; what they print."
-    (folder / "go.py").write_text(program)
+    "Run a program in two processes."
+    (folder / "go.py").write_text(program + TOGETHER)
     run = [
         sys.executable,
         "-W",
