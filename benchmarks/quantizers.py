@@ -17,7 +17,8 @@ from measure import ROOT, interleaved, peak_bytes, record
 
 import bavq.models.vqvae  # registers the quantizers
 from bavq.core.distributed import set_seed
-from bavq.quantizers.base import make_quantizer, nearest_code
+from bavq.quantizers.base import make_quantizer
+from bavq.quantizers.search import nearest_code
 from bavq.quantizers.adapters import peer_library
 
 PEER = dict(decay=0.99, commitment_weight=0.25)

@@ -40,14 +40,8 @@ from bavq.core.storage import write_json
 from bavq.training.data import get_dataloaders
 from bavq.training.images import PHOTOS, photo_path
 from bavq.training.sweeps import cores
-from bavq.quantizers.base import (
-    Quantized,
-    from_rows,
-    initialise,
-    latent_rows,
-    register_quantizer,
-    squared_distances,
-)
+from bavq.quantizers.base import Quantized, from_rows, initialise, latent_rows, register_quantizer
+from bavq.quantizers.search import squared_distances
 from bavq.models.vqvae2 import build_model
 from bavq.training.loop import loss_terms, make_accelerator, prepare, train_epoch
 from bavq.quantizers.codebook import revive

@@ -21,7 +21,8 @@ for path in sorted(Path(bavq.__file__).parent.rglob("*.py")):  # whatever regist
             ".".join(path.relative_to(Path(bavq.__file__).parent.parent).with_suffix("").parts)
         )
 
-from bavq.quantizers.base import QUANTIZERS, make_quantizer, rotate
+from bavq.quantizers.base import QUANTIZERS, make_quantizer
+from bavq.quantizers.search import rotate
 from bavq.quantizers.contract import RULES, check_quantizer
 from bavq.quantizers.remedies import entropy_term, with_losses
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from bavq import reference
 from bavq.core.errors import BavqError
 from bavq.evaluation.reports import load_weights
-from bavq.quantizers.base import nearest_code, squared_distances
+from bavq.quantizers.search import nearest_code, squared_distances
 from bavq.quantizers.specified import iterate
 from bavq.reference import (
     VQVAE,

@@ -19,7 +19,7 @@ from ..core.plots import cell_borders, method_label, method_style, plot_rd
 from ..core.storage import read_json
 from ..core.views import Sheet, View, choice_buttons, explorer, slider, widgets
 from ..quantizers.ba_vq import posterior
-from ..quantizers.base import squared_distances
+from ..quantizers.search import squared_distances
 from ..quantizers.schedules import as_schedule, cosine
 from ..studies.annealing import BetaPath, Stage, beta_path, groups_of, toy_bound
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from ..core.errors import needs, require
 from ..models.vqvae import VQVAE
 from ..quantizers.ba_vq import posterior
-from ..quantizers.base import as_is, from_rows, latent_rows, to_rows
+from ..quantizers.base import from_rows, latent_rows, to_rows
+from ..quantizers.search import as_is
 from ..quantizers.specified import SpecifiedBAQuantizer, soft_codes
 from ..theory.metrics import (CodeMeter, ReconstructionMeter, code_counts, compute_entropy,
     compute_entropy_bits, effective_rank, image_errors, psnr_from_mse, to_unit)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from ..core.distributed import all_reduce
 from ..core.errors import choose, is_number, require, typed
-from .base import at_least_float32, middle, register_quantizer, row_chunks
+from .base import register_quantizer
+from .search import at_least_float32, middle, row_chunks
 from .schedules import as_schedule
 from .codebook import EMAQuantizer, PreciseBuffers, learnable_rows, revive
 

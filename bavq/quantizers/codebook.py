@@ -10,7 +10,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from ..core.distributed import all_reduce, from_first, parallel, row_counts
 from ..core.errors import require, typed
-from .base import Quantizer, at_least_float32, finite_rows, init_uniform
+from .base import Quantizer
+from .search import at_least_float32, finite_rows, init_uniform
 
 # %% auto #0
 __all__ = ['EMACodebook', 'revive', 'EMAQuantizer']

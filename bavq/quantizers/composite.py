@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from ..core.distributed import own_generator
 from ..core.errors import BavqError, is_whole, require, typed
-from .base import (Freezable, Quantized, at_least_float32, check_indices, from_rows,
-                                  full_precision, like_latents, make_quantizer, register_quantizer, to_rows)
+from .base import (Freezable, Quantized, check_indices, from_rows, full_precision,
+    like_latents, make_quantizer, register_quantizer, to_rows)
+from .search import at_least_float32
 from ..theory.metrics import perplexity_of_counts
 
 # %% auto #0

@@ -13,7 +13,8 @@ from torch import Tensor
 from ..core.errors import BavqError, require
 from ..theory.metrics import code_counts, perplexity_of_counts
 from ..theory.sources import mixture_source
-from .base import QuantizerLike, at_least_float32, nearest_code, to_rows
+from .base import QuantizerLike, to_rows
+from .search import at_least_float32, nearest_code
 
 # %% auto #0
 __all__ = ['check_quantizer', 'fit_codebook', 'show_quantizer']

@@ -12,8 +12,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from ..core.distributed import all_reduce, from_first, parallel, row_counts
 from ..core.errors import choose, require, typed
-from .base import (Freezable, Quantized, Quantizer, VectorQuantizer, at_least_float32,
-                                  full_precision, latent_rows, register_quantizer, squared_distances)
+from .base import (Freezable, Quantized, Quantizer, VectorQuantizer, full_precision,
+    latent_rows, register_quantizer)
+from .search import at_least_float32, squared_distances
 from .codebook import EMACodebook, hard_statistics, learnable_rows, revive
 from .schedules import geometric
 from .vq_ema import VQEMAQuantizer
@@ -243,7 +244,7 @@ def repeated(
     return rows.repeat(-(-K // len(rows)), 1)[:K]
 
 # %% ../../nbs/2_quantizers/09_remedies.ipynb #64b54c38
-def active_size(q: "SizedByBuffer") -> int:
+def active_size(q: SizedByBuffer) -> int:
     "How many codes there are. On an accelerator, what the buffer said at the latest train or eval."
     active = q._buffers.get("active_codes")
     if active is not None and active.device.type == "cpu":

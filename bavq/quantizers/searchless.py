@@ -12,10 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from ..core.distributed import all_reduce, own_generator
 from ..core.errors import BavqError, choose, is_number, require, typed
-from .base import (Freezable, Quantized, Quantizer, at_least_float32, check_finite,
-                                  check_indices, from_rows, full_precision, init_uniform, initialise,
-                                  latent_rows, like_latents, quantize, register_quantizer,
-                                  squared_distances, straight_through, write_parameter)
+from .base import (Freezable, Quantized, Quantizer, check_finite, check_indices, from_rows,
+    full_precision, initialise, latent_rows, like_latents, quantize, register_quantizer, write_parameter)
+from .search import at_least_float32, init_uniform, squared_distances, straight_through
 from .composite import (all_codes, batch_usage, join_indices, part_sizes, precise_rows,
                                        prime_factors, split_indices)
 from .schedules import as_schedule

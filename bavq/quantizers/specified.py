@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from ..core.errors import require
-from .base import (Quantized, Quantizer, at_least_float32, full_precision, init_uniform,
-    latent_rows, like_latents,
-    quantize, register_quantizer, squared_distances, straight_through, usage_metrics)
+from .base import (Quantized, Quantizer, full_precision, latent_rows, like_latents, quantize,
+    register_quantizer, usage_metrics)
+from .search import at_least_float32, init_uniform, squared_distances, straight_through
 from .schedules import cosine
 from .codebook import PreciseBuffers, check_decay, hard_statistics
 

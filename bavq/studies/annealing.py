@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from ..quantizers.ba_vq import exponent, next_potentials, posterior
-from ..quantizers.base import squared_distances
+from ..quantizers.search import squared_distances
 from ..core.errors import needs
 from ..theory.rate_distortion import critical_beta, rd_curve
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from ..core.distributed import set_seed
 from ..core.errors import require
 from ..theory.metrics import code_counts, compute_entropy_bits, perplexity_of_counts, usage_of_counts
-from ..quantizers.base import Quantizer, make_quantizer, nearest_code, squared_distances
+from ..quantizers.base import Quantizer, make_quantizer
+from ..quantizers.search import nearest_code, squared_distances
 from ..quantizers.contract import fit_codebook
 from ..theory.rate_distortion import rd_curve
 from ..models.vqvae import VQVAE

@@ -15,7 +15,7 @@ from ..core.errors import choose, needs, require
 from ..theory.sources import gaussian_source
 from ..theory.rate_distortion import gaussian_rd
 from ..quantizers.ba_vq import BAQuantizer
-from ..quantizers.base import nearest_code, rotate, straight_through
+from ..quantizers.search import nearest_code, rotate, straight_through
 from ..quantizers.vq_ema import VQEMAQuantizer
 
 # %% auto #0

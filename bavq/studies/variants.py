@@ -11,7 +11,7 @@ from torch import Tensor
 from ..core.config import RunConfig
 from ..core.errors import require
 from ..models.vqvae import VQVAE
-from ..quantizers.base import nearest_code
+from ..quantizers.search import nearest_code
 from ..theory.rate_distortion import blahut_arimoto_codebook
 from ..training.experiments import ANSWER
 
