@@ -10,10 +10,16 @@ from hypothesis import strategies as st
 
 from bavq.core.errors import BavqError
 from bavq.quantizers.base import make_quantizer
-from bavq.quantizers.search import (INITIALIZERS, nearest_code, search_and_compare_two,
-    search_and_look_again, squared_distances, straight_through)
 from bavq.quantizers.composite import ResidualQuantizer
 from bavq.quantizers.remedies import entropy_term, ramp, scheduled, with_losses
+from bavq.quantizers.search import (
+    INITIALIZERS,
+    nearest_code,
+    search_and_compare_two,
+    search_and_look_again,
+    squared_distances,
+    straight_through,
+)
 from bavq.quantizers.vq_ema import VQEMAQuantizer
 
 searches = pytest.mark.parametrize("search", [search_and_look_again, search_and_compare_two])

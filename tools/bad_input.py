@@ -38,10 +38,10 @@ from bavq.cli import main
 from bavq.core.config import PriorConfig, RunConfig, check_config, config_from_dict
 from bavq.core.errors import BavqError
 from bavq.core.presets import read_config
+from bavq.core.provenance import environment
 from bavq.core.storage import read_json, read_weights, write_json
 from bavq.models.maskgit import load_prior, make_prior
 from bavq.training.checkpoints import load_model
-from bavq.core.provenance import environment
 from bavq.training.experiments import load_results, run
 from bavq.training.prior_training import prepare_prior
 from bavq.training.sweeps import sweep

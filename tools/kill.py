@@ -35,8 +35,8 @@ import bavq.training.checkpoints
 import bavq.training.loop
 import bavq.training.prior_training
 from bavq.core.config import PriorConfig, RunConfig
-from bavq.core.storage import read_history, read_weights, write_json
 from bavq.core.provenance import environment
+from bavq.core.storage import read_history, read_weights, write_json
 from bavq.training.experiments import run
 from bavq.training.prior_training import Codes, fit_prior
 

@@ -70,9 +70,9 @@ def _is_redefinition(new: Any, old: Any) -> bool:
     same_name = getattr(new, "__qualname__", None) == getattr(old, "__qualname__", "")
     return same_name and new.__module__ in (old.__module__, "__main__")
 
-# %% ../../nbs/0_core/06_registry.ipynb #9cb803d0
-class Registry(Mapping[str, Any]):
-    "A table of names: what is registered here, what a path names, and what installed packages offer."
+# %% ../../nbs/0_core/06_registry.ipynb #b1fd228f
+class NameTable(Mapping[str, Any]):
+    "What is registered, by name, and what may be used although only a path names it."
 
     def __init__(
         self,
@@ -96,6 +96,16 @@ class Registry(Mapping[str, Any]):
     def __len__(self) -> int:
         return len(self._found)
 
+    def _checked(self, name: str, thing: Any) -> Any:
+        registered = any(thing is known for known in self._found.values())
+        fits = registered or self.admits(thing)
+        require(fits, f"the {self.what} {brief(name)} is {brief(thing)}: give {self.wanted}, or register it")
+        return thing
+
+# %% ../../nbs/0_core/06_registry.ipynb #9cb803d0
+class Registry(NameTable):
+    "A table of names: what is registered here, what a path names, and what installed packages offer."
+
     def register(
         self,
         name: str,  # that configurations will use
@@ -114,10 +124,6 @@ class Registry(Mapping[str, Any]):
     ) -> Any:
         "What the name stands for; a `BavqError` lists the names there are, or says why an import failed."
         require(isinstance(name, str), f"the {self.what} is {brief(name)}: give a name")
-        if name in self._found:
-            return self._found[name]
-        thing = _find_elsewhere(self.what, name, self.group, self._found)
-        registered = any(thing is known for known in self._found.values())
-        fits = registered or self.admits(thing)
-        require(fits, f"the {self.what} {brief(name)} is {brief(thing)}: give {self.wanted}, or register it")
-        return thing
+        if name not in self._found:
+            return self._checked(name, _find_elsewhere(self.what, name, self.group, self._found))
+        return self._found[name]

@@ -243,7 +243,7 @@ def revival_share(
 # %% ../../nbs/2_quantizers/10_adapters.ipynb #3f87e657
 def from_vector_quantize(
     vq: nn.Module,  # a VectorQuantize, trained or not
-    **options,      # of VQEMAQuantizer, to change some
+    **options: Any,  # of VQEMAQuantizer, to change some
 ) -> VQEMAQuantizer:
     """The `VQEMAQuantizer` with the codes, running means and settings of a `VectorQuantize`.
 

@@ -247,6 +247,26 @@ def part_metrics(
             found |= {name: each.float().mean(), f"part_{name}": each}
     return found
 
+# %% ../../nbs/2_quantizers/07_composite.ipynb #3fce6ddb
+def sum_of_parts(
+    q: CompositeQuantizer,
+    index: Tensor,             # [N], integers from 0 to K-1
+    parts: int | None = None,  # put together only the first so many parts
+) -> Tensor:                   # [N, D], in float32 at least
+    "The codes of an index, put together before anything is rounded to half precision."
+    chosen = split_indices(index, q.sizes)
+    return q.put_together([unrounded_codes(p, i) for p, i in zip(q.parts[:parts], chosen)])
+
+# %% ../../nbs/2_quantizers/07_composite.ipynb #37d4b05b
+def unrounded_codes(
+    part: Any,      # of a composite
+    index: Tensor,  # [N]
+) -> Tensor:        # [N, D], in float32 at least
+    "The codes of a part; of one that is a composite itself, their sum as it is before rounding."
+    if isinstance(part, CompositeQuantizer):
+        return sum_of_parts(part, index)
+    return at_least_float32(part.decode(index))
+
 # %% ../../nbs/2_quantizers/07_composite.ipynb #0d28396b
 def decode_parts(
     q: CompositeQuantizer,
@@ -255,9 +275,9 @@ def decode_parts(
 ) -> Tensor:                   # [B, D, *space] or [N, D]
     "The codes that indices stand for."
     check_indices(indices, q.num_embeddings)
-    chosen = split_indices(indices.long().flatten(), q.sizes)
-    codes = [p.decode(i) for p, i in zip(q.parts[:parts], chosen)]
-    e = q.put_together([at_least_float32(code) for code in codes]).to(codes[0].dtype)
+    flat = indices.long().flatten()
+    kept_as = q.parts[0].decode(split_indices(flat, q.sizes)[0][:1])   # in half precision where the module is
+    e = sum_of_parts(q, flat, parts).to(kept_as.dtype)
     if indices.dim() == 1:
         return e
     return from_rows(e, torch.Size((len(indices), q.embedding_dim, *indices.shape[1:])))
@@ -334,7 +354,7 @@ class ResidualQuantizer(CompositeQuantizer):
         chosen = []
         for part in self.parts:
             index = part.encode(x)
-            x = x - part.decode(index)
+            x = x - unrounded_codes(part, index)
             chosen.append(index)
         return chosen
 

@@ -22,28 +22,11 @@ from .vq_ema import VQEMAQuantizer
 # %% auto #0
 __all__ = ['entropy_term', 'WithLosses', 'with_losses', 'ramp', 'Scheduled', 'scheduled', 'GrowingQuantizer']
 
-# %% ../../nbs/2_quantizers/09_remedies.ipynb #c1b0128c
-class Wrapped(Freezable):
-    "A quantizer around another: everything is the inner one's, until a subclass changes it."
-    base: Any  # a quantizer
+# %% ../../nbs/2_quantizers/09_remedies.ipynb #b4c2619c
+class SharedAttributes(Freezable):
+    "A module around another, whose attributes are those of the inner one where it has none of its own."
+    base: Any  # the inner module
     _own = frozenset({"training", "base", "terms", "schedules", "factors"})  # not those of the inner one
-
-    def __init__(self,
-        base: nn.Module,  # any quantizer that keeps the contract
-    ):
-        super().__init__()
-        self.base = base
-
-    @property
-    def num_embeddings(self) -> int: return self.base.num_embeddings
-    @property
-    def embedding_dim(self) -> int: return self.base.embedding_dim
-    @property
-    def codebook(self) -> Tensor: return self.base.codebook
-    def forward(self, z: Tensor) -> Quantized: return self.base(z)
-    def encode(self, z: Tensor) -> Tensor: return self.base.encode(z)
-    def decode(self, indices: Tensor) -> Tensor: return self.base.decode(indices)
-    def anneal(self, progress: float) -> None: self.base.anneal(progress)
 
     def __setattr__(self, name: str, value: Any) -> None:  # the inner one's attributes are set there
         base = self.__dict__.get("_modules", {}).get("base")
@@ -60,6 +43,26 @@ class Wrapped(Freezable):
             if name == "base":
                 raise
             return getattr(self.base, name)
+
+# %% ../../nbs/2_quantizers/09_remedies.ipynb #c1b0128c
+class Wrapped(SharedAttributes):
+    "A quantizer around another: everything is the inner one's, until a subclass changes it."
+    def __init__(self,
+        base: nn.Module,  # any quantizer that keeps the contract
+    ):
+        super().__init__()
+        self.base = base
+
+    @property
+    def num_embeddings(self) -> int: return self.base.num_embeddings
+    @property
+    def embedding_dim(self) -> int: return self.base.embedding_dim
+    @property
+    def codebook(self) -> Tensor: return self.base.codebook
+    def forward(self, z: Tensor) -> Quantized: return self.base(z)
+    def encode(self, z: Tensor) -> Tensor: return self.base.encode(z)
+    def decode(self, indices: Tensor) -> Tensor: return self.base.decode(indices)
+    def anneal(self, progress: float) -> None: self.base.anneal(progress)
 
 # %% ../../nbs/2_quantizers/09_remedies.ipynb #e7d65b63
 def mean_over_processes(

@@ -304,7 +304,9 @@ def seed_codes(
 ) -> Tensor:                  # [K, D]
     "k-means++ within cells, which share the codes by what is left of the error in each."
     cells = seeding_cells(x, num_embeddings)
-    chosen, started, silent = len(cells), time.monotonic(), True
+    chosen = len(cells)
+    started = time.monotonic()
+    silent = True
     while chosen < num_embeddings:
         count = min(num_embeddings - chosen, 1 + chosen // 64)
         left = torch.stack([cell.distance.sum() for cell in cells]).clamp_min(1e-20)
