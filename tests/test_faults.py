@@ -468,24 +468,29 @@ def test_new_files_get_the_rights_that_any_file_gets(monkeypatch, tmp_path):
 
 def test_overlapping_downloads_put_the_time_limit_back():
     "The second begins within the first and ends after it: the process's limit is what it was."
-    within, first_is_over = threading.Event(), threading.Event()
+    within, tried, first_is_over = (threading.Event() for _ in range(3))
 
     def first():
         with bavq.core.storage.patient_for(10):
             within.set()
-            first_is_over.wait(1)  # the other has tried to begin by now
+            tried.wait(5)
+            time.sleep(0.2)  # the second is in its block by now, if it can be
+        first_is_over.set()
 
     def second():
         within.wait(5)
+        tried.set()
         with bavq.core.storage.patient_for(20):
-            first_is_over.set()
+            first_is_over.wait(5)
 
     threads = [threading.Thread(target=f) for f in (first, second)]
     for t in threads:
         t.start()
     for t in threads:
         t.join()
-    assert socket.getdefaulttimeout() is None
+    left = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(None)
+    assert left is None
 
 
 def test_accelerate_is_left_as_it_was():

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import bavq.core.storage
 from bavq.core import provenance
 from bavq.core.config import RunConfig
 from bavq.core.errors import BavqError
@@ -232,6 +233,11 @@ def test_a_run_names_all_that_trained_it(tmp_path, monkeypatch):
         with pytest.raises(BavqError, match="the data of .* have changed"):
             attempt("c", 9)
     assert path.read_bytes() == before
+    undone = json.loads(before)["segments"][1] | dict(commit="c", epoch=9)  # its checkpoints are lost
+    latest = bavq.core.storage.checkpoints(path.parent)[-1]
+    state = read_weights(latest)
+    state["segments"].append(undone)
+    bavq.core.storage.write_weights(latest, state)
     attempt("d", 9)
     assert [s[0] for s in segments()] == ["a", "b", "d"]
     (record,) = experiments.read_records("study")
