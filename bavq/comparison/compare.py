@@ -99,9 +99,10 @@ def answer_figure(
     for (top, low), name in zip(axes.reshape(2, -1).T, data):
         draw_data_set(top, low, c, name)
     first = axes.reshape(2, -1)[:, 0]
-    names = f"{method_label(method)} − {method_label(baseline)}"
-    first[0].set_ylabel(f"perplexity, {names}\n[% of {method_label(baseline)}'s]")
-    first[1].set_ylabel(f"PSNR, {names}\n[dB]")
+    first[0].set_ylabel("Δ perplexity\n[% of the baseline's]")
+    first[1].set_ylabel("Δ PSNR [dB]")
+    title = f"{method_label(method)} less {method_label(baseline)}"
+    fig.suptitle(title, x=0.01, ha="left", fontsize="medium")
     if c["embedding_dim"].nunique() > 1:
         fig.legend(*first[0].get_legend_handles_labels(), loc="outside lower center", ncol=3)
     return fig
