@@ -53,6 +53,15 @@ def drop_widgets(nb):
             c.outputs = [o for o in c.outputs if not any("widget-view" in kind for kind in o.get("data", {}))]
 
 
+def drop_modules(nb):
+    "Store no module as a value, as a cell that ends in `needs(...)` has it: its text is a path of this machine."
+    for c in nb.cells:
+        if "outputs" in c:
+            c.outputs = [
+                o for o in c.outputs if not o.get("data", {}).get("text/plain", "").startswith("<module ")
+            ]
+
+
 def execute(path, timeout=600):
     "Run one notebook in a kernel of its own and write it back with its outputs."
     start, nb = time.monotonic(), nbformat.read(path, as_version=4)
@@ -68,6 +77,7 @@ def execute(path, timeout=600):
     except (CellExecutionError, CellTimeoutError) as e:
         sys.exit(f"{e}\n{path.name} failed and was left as it was")
     drop_widgets(nb)
+    drop_modules(nb)
     shrink(nb)
     nbformat.write(nb, path)
     print(
