@@ -54,12 +54,11 @@ def drop_widgets(nb):
 
 
 def drop_modules(nb):
-    "Store no module as a value, as a cell that ends in `needs(...)` has it: its text is a path of this machine."
+    "Store no module as a value, as a cell that ends in `needs(...)` has it: its text is a path."
     for c in nb.cells:
+        kept = [o for o in c.get("outputs", []) if "<module " not in o.get("data", {}).get("text/plain", "")]
         if "outputs" in c:
-            c.outputs = [
-                o for o in c.outputs if not o.get("data", {}).get("text/plain", "").startswith("<module ")
-            ]
+            c.outputs = kept
 
 
 def execute(path, timeout=600):
